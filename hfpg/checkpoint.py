@@ -1,0 +1,135 @@
+"""What a run is, saved and loaded.
+
+A checkpoint is a folder `checkpoint-N`: the policy as a plain Hugging Face folder with its tokenizer and value head,
+the optimizer's moments as safetensors, and the run's small state as JSON. It holds no random number state (every draw
+is keyed) and no pickle. It is written under another name and renamed when whole, so a folder called `checkpoint-N` is
+complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+
+from hfpg.config import ConfigError, require
+from hfpg.learner import Learner
+from hfpg.models import ActorCritic, is_peft, load_value_head, save_actor_critic
+
+
+FORMAT = 1
+STATE_FILE = "hfpg_state.json"  # written last: a folder without it is no checkpoint
+OPTIMIZER_FILE = "optimizer.safetensors"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclasses.dataclass
+class RunState:
+    """Where a run stands, beside the weights: everything that is not a function of the seed."""
+
+    position: int = 0  # prompts taken from the endless stream
+    samples_drawn: int = 0  # the next sample id
+    algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path, learner: Learner, tokenizer: Any, trainer_state: TrainerState, run: RunState, config: dict[str, Any]
+) -> Path:
+    """Write `checkpoint-N` into `folder` and return its path. Call it on one process only."""
+    target = folder / f"checkpoint-{trainer_state.global_step}"
+    work = target.with_name(target.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    save_actor_critic(learner.actor, work)
+    tokenizer.save_pretrained(work)
+    save_file(learner.optimizer_state(), work / OPTIMIZER_FILE)
+    trainer_state.save_to_json(str(work / "trainer_state.json"))
+    state = {"format": FORMAT, "turn": learner.turn, "run": dataclasses.asdict(run), "config": config}
+    (work / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(work, target)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def rotate(folder: Path, keep: int | None) -> None:
+    """Remove the oldest checkpoints beyond `keep`. Only folders that this module wrote are touched."""
+    if keep is not None:
+        for old in checkpoints(folder)[:-keep]:
+            if not old.is_symlink():
+                shutil.rmtree(old)
+
+
+def find_checkpoint(resume: str | bool | None, folder: Path) -> Path | None:
+    """The checkpoint to resume from: True or "True" for the newest in `folder`, or a path. None: start fresh.
+
+    Raises:
+        ConfigError: a path that is no checkpoint (with what there is).
+    """
+    if resume in (None, False, "False", "false", ""):
+        return None
+    there = checkpoints(folder)
+    if resume in (True, "True", "true"):
+        return there[-1] if there else None
+    path = Path(str(resume))
+    require(
+        (path / STATE_FILE).is_file(),
+        f"resume_from_checkpoint={str(path)!r} is no hfpg checkpoint (no {STATE_FILE}); "
+        f"{folder} has {[p.name for p in there] or 'none'}",
+    )
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The small state of a checkpoint.
+
+    Raises:
+        ConfigError: written by a newer hfpg.
+    """
+    state = json.loads((path / STATE_FILE).read_text())
+    require(
+        state["format"] <= FORMAT,
+        f"{path} has checkpoint format {state['format']}, this hfpg reads up to {FORMAT}; update hfpg",
+    )
+    return state
+
+
+def load_checkpoint(path: Path, learner: Learner) -> tuple[TrainerState, RunState]:
+    """Put weights, value head and optimizer of a checkpoint into `learner`; returns the states saved with them."""
+    state = read_state(path)
+    tensors = load_file(path / OPTIMIZER_FILE)
+    load_policy_weights(learner.actor, path)
+    load_value_head(learner.actor, path)
+    learner.load_optimizer_state(tensors, state["turn"])
+    return TrainerState.load_from_json(str(path / "trainer_state.json")), RunState(**state["run"])
+
+
+def load_policy_weights(actor: ActorCritic, path: Path) -> None:
+    """Copy the policy (or the adapter) saved in a folder into the one in memory, exactly."""
+    policy = actor.policy
+    if is_peft(policy):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        result = set_peft_model_state_dict(policy, load_peft_weights(str(path)), adapter_name=policy.active_adapter)
+        missing = [k for k in result.missing_keys if f".{policy.active_adapter}." in k]
+        require(
+            not missing and not result.unexpected_keys, f"{path} does not hold this model's adapter: {missing[:2]}"
+        )
+        return
+    # through from_pretrained, which knows how transformers names, ties and shards what it saved
+    fresh = type(policy).from_pretrained(path, dtype=policy.dtype)
+    try:
+        policy.load_state_dict(fresh.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(f"{path} holds another model: {str(error).splitlines()[-1].strip()}") from None

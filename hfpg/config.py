@@ -1,0 +1,246 @@
+"""TrainConfig: what a run is, flat; and `parse`, which reads YAML first and then flags that win.
+
+The algorithm owns the method (epochs, clip_range, kl_coef, …); TrainConfig owns the run. Both are one flat namespace
+of flags. A field that exists in `transformers.TrainingArguments` has its name and meaning here, with one exception:
+`*_steps` count turns of the training loop (collect, estimate, update), not optimizer steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message holds the value seen, the rule broken and a value that works."""
+
+
+def field(default: Any, help: str) -> Any:  # `help` is the word that argparse and transformers use
+    """A dataclass field with its help text."""
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Settings of a run. Batch sizes are global: they do not depend on the number of processes."""
+
+    # where
+    output_dir: str | None = field(None, "Folder of the run. Default: the next free runs/ALGORITHM-MODEL folder.")
+    overwrite_output_dir: bool = field(False, "Start again in a folder that holds a run: its files are removed first.")
+    resume_from_checkpoint: str | None = field(
+        None, "'True': the newest checkpoint of output_dir; or the path of a checkpoint folder."
+    )
+    run_name: str | None = field(None, "Name shown by trackers. Default: the name of output_dir.")
+
+    # what is sampled
+    seed: int = field(42, "Every random number is a function of this seed, a purpose and counters.")
+    max_steps: int = field(100, "Turns of the loop: collect, rescore, estimate, update.")
+    prompts_per_step: int = field(
+        64, "Prompts of one step, over all processes; each is sampled num_generations times."
+    )
+    max_completion_length: int = field(48, "Longest completion, in tokens.")
+    temperature: float = field(1.0, "Sampling temperature; every policy is scored at this temperature.")
+    top_k: int = field(0, "Sample among the k likeliest tokens; 0: all. Policies are renormalised over the kept set.")
+    top_p: float = field(1.0, "Sample in the likeliest set of mass p; 1: all. Policies are renormalised over it.")
+    stop_token_ids: list[int] | None = field(None, "Tokens that end a completion. Default: those of the model.")
+    stop_strings: list[str] | None = field(None, "Strings that end a completion, beside the stop tokens.")
+    generation_kwargs: dict | None = field(
+        None, "More options of `generate` as JSON; those that change the distribution are refused by name."
+    )
+
+    # data
+    prompt_column: str = field("prompt", "Column of the data set that holds the prompt, text or conversation.")
+    chat_template: str | None = field(None, "File with a Jinja chat template, for tokenizers that have none.")
+    overlong_prompts: Literal["raise", "truncate", "drop"] = field(
+        "raise", "Prompts longer than the context allows: raise, truncate (keep the end), or drop."
+    )
+    reward_weights: list[float] | None = field(None, "One weight per reward function. Default: 1 each.")
+
+    # optimisation
+    learning_rate: float = field(1e-5, "Peak learning rate of the policy (AdamW).")
+    value_learning_rate: float | None = field(None, "Learning rate of the value head. Default: learning_rate.")
+    lr_scheduler_type: str = field("linear", "Schedule of transformers: linear, cosine, constant, …")
+    warmup_steps: int = field(0, "Steps of linear warm-up.")
+    weight_decay: float = field(0.0, "AdamW weight decay, on matrices only.")
+    adam_beta1: float = field(0.9, "AdamW β₁.")
+    adam_beta2: float = field(0.999, "AdamW β₂.")
+    adam_epsilon: float = field(1e-8, "AdamW ε. 1e-5 softens the first steps.")
+    max_grad_norm: float = field(1.0, "Gradient is scaled down to this global L2 norm; watch `grad_norm`.")
+    max_tokens_per_micro_batch: int = field(
+        8192, "Memory knob: tokens of one forward and backward pass on one process. Does not change the gradient."
+    )
+    bf16: bool = field(False, "bfloat16 autocast (needs hardware that has it). Log-probs stay fp32.")
+    use_cpu: bool = field(False, "Stay on the CPU even when there is an accelerator.")
+    torch_threads: int | None = field(None, "CPU threads per process. Default: all cores, shared by the processes.")
+
+    # watching
+    logging_steps: int = field(1, "Log every so many steps.")
+    completions_steps: int = field(10, "Write and show completions every so many steps; 0: never.")
+    num_completions_to_print: int = field(4, "Completions shown each time.")
+    eval_steps: int = field(0, "Evaluate on eval_dataset every so many steps; 0: only when asked.")
+    eval_on_start: bool = field(False, "Evaluate before the first step.")
+    report_to: list[str] = field(["none"], "Accelerate trackers: tensorboard, wandb, trackio, … or none.")
+    disable_tqdm: bool = field(False, "Plain lines instead of the live view.")
+
+    # keeping
+    save_steps: int = field(50, "Checkpoint every so many steps; 0: only at the end.")
+    save_total_limit: int | None = field(None, "Keep at most so many checkpoints (the newest). Default: all.")
+    push_to_hub: bool = field(False, "Push the tuned model to the Hub at the end (log in with `hf auth login`).")
+    hub_model_id: str | None = field(None, "Repository to push to, as user/name.")
+    hub_private_repo: bool | None = field(None, "Create the repository private.")
+
+    # the model
+    model_revision: str = field("main", "Branch, tag or commit of the model on the Hub.")
+    trust_remote_code: bool = field(False, "Run model code from the Hub repository. Never applies to judges.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.temperature > 0,
+            f"temperature={self.temperature}: a policy gradient needs a random policy; use a value above 0, like 1.0",
+        )
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1 (1: no cut)")
+        require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (no cut) or more")
+        require(self.max_grad_norm > 0, f"max_grad_norm={self.max_grad_norm} must be above 0, such as 1.0")
+        require(self.learning_rate >= 0, f"learning_rate={self.learning_rate} must not be negative")
+        for name in ("logging_steps",):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("eval_steps", "save_steps", "completions_steps", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
+        require(
+            self.save_total_limit is None or self.save_total_limit >= 1,
+            f"save_total_limit={self.save_total_limit} must be at least 1, or absent to keep all",
+        )
+        require(
+            not self.push_to_hub or self.hub_model_id is not None,
+            "push_to_hub=True needs hub_model_id, such as 'me/gpt2-positive'",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for run.json."""
+        return dataclasses.asdict(self)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError(message) unless the rule holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' for the known name closest to this one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class _LineLoader(yaml.SafeLoader):
+    """SafeLoader that keeps the line of every top-level key and refuses a key that stands twice."""
+
+
+def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
+    """Top-level keys of a YAML mapping with their values and line numbers.
+
+    Raises ConfigError with file and line for a file that is no mapping, cannot be parsed, or names a key twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=_LineLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: expected lines of the form `key: value`, found {text.strip()[:40]!r}")
+    loader, found = _LineLoader(""), {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        require(key_node.value not in found, f"{path}:{line}: key {key_node.value!r} stands twice; keep one")
+        found[key_node.value] = (loader.construct_object(value_node, deep=True), line)
+    return found
+
+
+def json_mapping(text: str) -> dict:
+    """A JSON object, such as '{"use_cache": true}'."""
+    value = json.loads(text)
+    require(isinstance(value, dict), f"expected a JSON object, found {text[:40]!r}")
+    return value
+
+
+def _as_flags(name: str, value: Any, where: str) -> list[str]:
+    """One YAML value as command-line words, so that YAML and flags share one type check."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [f"--{name}", json.dumps(value)]
+    if isinstance(value, list):
+        require(not any(isinstance(v, list | dict) for v in value), f"{where}: {name} must be a flat list")
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def parse(
+    classes: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
+    """One instance of each dataclass from `--config FILE.yaml` and flags; flags win over the file.
+
+    Args:
+        classes: dataclasses with disjoint field names, such as `(ScriptArguments, PPO, TrainConfig)`.
+        argv: command-line words; default: those of this process.
+    Raises:
+        ConfigError: a name that two classes share, an unknown key or flag (all of them at once, each with the
+            nearest known name), a value of the wrong type.
+    """
+    owner: dict[str, type] = {}
+    for cls in classes:
+        for f in dataclasses.fields(cls):
+            require(f.name not in owner, f"field {f.name!r} stands in {owner.get(f.name)} and in {cls}")
+            owner[f.name] = cls
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(classes, description=description, allow_abbrev=False)
+    parser.add_argument("--config", default=None, help="YAML file with any of these fields; flags win over it.")
+    path = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])[0].config
+    words: list[str] = []
+    if path is not None:
+        found = read_yaml(path)
+        unknown = [
+            f"{path}:{line}: unknown key {name!r}{nearest(name, list(owner))}"
+            for name, (_, line) in found.items()
+            if name not in owner
+        ]
+        require(not unknown, "\n".join(unknown))
+        for name, (value, line) in found.items():
+            words += _as_flags(name, value, f"{path}:{line}")
+    namespace, rest = parser.parse_known_args(words + argv)
+    flags = [word for word in rest if word.startswith("--")] or rest
+    require(
+        not rest, "\n".join(f"unknown flag {w!r}{nearest(w.split('=')[0], ['--' + n for n in owner])}" for w in flags)
+    )
+    return tuple(
+        cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls) if f.init}) for cls in classes
+    )
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are ConfigErrors (the caller decides how to end), and with dict fields as JSON."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.type is dict:
+                action.type = json_mapping
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)

@@ -1,0 +1,115 @@
+"""transformers callbacks: every event fires, every `control.should_*` is obeyed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from hfpg.config import TrainConfig
+
+
+def training_arguments(args: TrainConfig) -> TrainingArguments:
+    """A real TrainingArguments with what TrainConfig shares with it, for callbacks to read."""
+    return TrainingArguments(
+        output_dir=str(args.output_dir),
+        max_steps=args.max_steps,
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_epsilon=args.adam_epsilon,
+        max_grad_norm=args.max_grad_norm,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps,
+        logging_steps=args.logging_steps,
+        eval_strategy="steps" if args.eval_steps else "no",
+        eval_steps=args.eval_steps or None,
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
+        save_total_limit=args.save_total_limit,
+        run_name=args.run_name,
+        disable_tqdm=args.disable_tqdm,
+        bf16=args.bf16,
+        use_cpu=args.use_cpu,
+        accelerator_config={"use_configured_state": True},  # or it would reset the Accelerator that exists
+        report_to="none",
+        push_to_hub=args.push_to_hub,
+        hub_model_id=args.hub_model_id,
+        hub_private_repo=args.hub_private_repo,
+    )
+
+
+class Events:
+    """The callback handler of a run, with its state and control."""
+
+    def __init__(
+        self,
+        args: TrainConfig,
+        callbacks: Sequence[Any] | None,
+        *,
+        model: Any,
+        processing_class: Any,
+        learner: Any,
+        main: bool,
+    ):
+        self.args = training_arguments(args)
+        self.state = TrainerState(is_local_process_zero=main, is_world_process_zero=main, max_steps=args.max_steps)
+        self.state.num_input_tokens_seen = 0
+        self.control = TrainerControl()
+        self.epoch: int | None = None
+        made = [c() if isinstance(c, type) else c for c in callbacks or []]
+        self.handler = CallbackHandler(
+            [DefaultFlowCallback(), *made], model, processing_class, learner.optimizer, learner.scheduler
+        )
+        self.fire("on_init_end")
+
+    def fire(self, event: str, **values: Any) -> None:
+        """Call one event of every callback; the handler resets the flags that the event answers."""
+        self.control = getattr(self.handler, event)(self.args, self.state, self.control, **values)
+
+    def add(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback to a trainer that exists."""
+        self.handler.add_callback(callback)
+
+    def begin_training(self, max_steps: int) -> None:
+        """The loop begins, at step 0 or where a checkpoint left off."""
+        self.state.max_steps = max_steps
+        self.state.compute_steps(self.args, max_steps)
+        self.epoch = None
+        self.fire("on_train_begin")
+
+    def begin_step(self, epoch: float) -> None:
+        """A step begins; `epoch` is how often the stream has gone through the data set."""
+        if self.epoch != int(epoch):
+            if self.epoch is not None:
+                self.fire("on_epoch_end")
+            self.epoch = int(epoch)
+            self.fire("on_epoch_begin")
+        self.fire("on_step_begin")
+
+    def end_step(self, epoch: float) -> bool:
+        """A step is done. True when a callback asks to go on with the next epoch at once."""
+        self.state.global_step += 1
+        self.state.epoch = epoch
+        self.fire("on_step_end")
+        return self.control.should_epoch_stop
+
+    def end_training(self) -> None:
+        """The loop is over."""
+        if self.epoch is not None:
+            self.fire("on_epoch_end")
+        self.fire("on_train_end")
+
+    def logged(self, metrics: dict[str, float]) -> None:
+        """Metrics of a step go to the history and to the callbacks."""
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        self.fire("on_log", logs=metrics)
+
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """Metrics of an evaluation, likewise."""
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        self.fire("on_evaluate", metrics=metrics)

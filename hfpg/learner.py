@@ -1,0 +1,318 @@
+"""The only place where parameters change: minibatches, micro-batches by token budget, clipping, the optimizer step.
+
+Denominators are global by construction: the coefficients of a minibatch are made from all of its rows (every rank
+holds them), and micro-batches and ranks only add up parts of one weighted sum. So the gradient does not depend on the
+micro-batch size, on the token budget or on the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
+from transformers import get_scheduler
+
+from hfpg.config import TrainConfig, require
+from hfpg.models import ActorCritic, Reference
+from hfpg.ops.keyed import permutation
+from hfpg.ops.masked import Aggregation, token_coefficients
+from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
+
+
+LossFunction = Callable[[Scored, Rollout, Estimates], TokenLoss]
+R = TypeVar("R", Samples, Rollout)
+E = TypeVar("E", Samples, Rollout, Estimates)
+OldScores = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Learner:
+    """Scores completions with the policy, and trains it.
+
+    Args:
+        actor: the module to train; given to `accelerator.prepare` here.
+        accelerator: processes, device and precision.
+        args: the run's settings (learning rates, schedule, token budget, clipping).
+        reference: the frozen policy, or None.
+        on_event: called with the name of a callback event around every optimizer step.
+    """
+
+    def __init__(
+        self,
+        actor: ActorCritic,
+        accelerator: Accelerator,
+        args: TrainConfig,
+        reference: Reference | None = None,
+        on_event: Callable[[str], None] = lambda event: None,
+    ):
+        self.actor, self.accelerator, self.args, self.reference = actor, accelerator, args, reference
+        self.on_event = on_event
+        optimizer = torch.optim.AdamW(
+            parameter_groups(actor, args),
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+        self.model, self.optimizer = accelerator.prepare(actor, optimizer)
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
+        )
+        self.turn = 0
+
+    # ── scoring
+
+    @torch.no_grad()
+    def score(self, samples: Samples, with_reference: bool = True) -> OldScores:
+        """log π_old, entropy, log π_ref and V(s_t) of samples, each [B, C]; the latter two None where absent.
+
+        The same forward that trains, so the ratio of the first minibatch is 1 up to rounding.
+        """
+        shape = samples.completion_ids.shape
+        old, spread, ref, values = (torch.zeros(shape, device=samples.completion_ids.device) for _ in range(4))
+        reference = self.reference if with_reference else None
+        batches = micro_batches(
+            samples.prompt_mask.sum(1), samples.completion_mask.sum(1), 4 * self.args.max_tokens_per_micro_batch
+        )
+        for rows in batches:
+            inputs = model_inputs(trim(samples.take(rows)), self.args.temperature)
+            width = inputs["completion_ids"].shape[1]
+            scored = self.actor(**inputs, with_entropy=True)
+            assert scored.entropy is not None  # asked for in the line above
+            if scored.logprobs.dtype != old.dtype:  # a float64 policy stays float64
+                old, spread, ref, values = (x.to(scored.logprobs.dtype) for x in (old, spread, ref, values))
+            old[rows, :width], spread[rows, :width] = scored.logprobs, scored.entropy
+            if reference is not None:
+                ref[rows, :width] = reference.logprobs(**inputs).to(ref.dtype)
+            if scored.values is not None:
+                values[rows, :width] = scored.values.to(values.dtype)
+        return old, spread, ref if reference is not None else None, values if self.actor.value is not None else None
+
+    # ── training
+
+    def optimize(
+        self,
+        rollout: Rollout,
+        estimates: Estimates,
+        loss: LossFunction,
+        *,
+        aggregation: Aggregation,
+        epochs: int = 1,
+        minibatches: int = 1,
+        max_kl: float | None = None,
+        with_entropy: bool = False,
+    ) -> dict[str, float]:
+        """`epochs` passes over the rollout in `minibatches` optimizer steps each.
+
+        Rows are dealt to minibatches by a permutation that is a function of (seed, step, epoch). The update ends early
+        when a minibatch's mean `kl_to_old` exceeds `max_kl` (that minibatch is not stepped on) or its gradient is not
+        finite (skipped; parameters are left as they are). Returns metrics averaged over the minibatches done.
+        """
+        totals: dict[str, float] = {}
+        steps, ended = 0, ""
+        first_error = 0.0
+        for epoch in range(epochs):
+            order = permutation(len(rollout), self.args.seed, "minibatch", self.turn, epoch)
+            for rows in order.tensor_split(minibatches):
+                metrics = self.gradient(rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy)
+                if not steps:
+                    first_error = metrics.pop("log_ratio_max")
+                metrics.pop("log_ratio_max", None)
+                if max_kl is not None and metrics.get("kl_to_old", 0.0) > max_kl:
+                    ended = "kl_stops"
+                elif not math.isfinite(norm := self.clip()):
+                    ended = "skipped_steps"
+                else:
+                    metrics["grad_norm"] = norm
+                    self.step()
+                    steps += 1
+                    totals = {k: totals.get(k, 0.0) + v for k, v in metrics.items()}
+                self.optimizer.zero_grad(set_to_none=True)
+                if ended:
+                    break
+            if ended:
+                break
+        averaged = {k: v / max(steps, 1) for k, v in totals.items()}
+        ends = {name: float(ended == name) for name in ("kl_stops", "skipped_steps")}
+        return averaged | ends | {"optimizer_steps": float(steps), "first_log_ratio_max": first_error}
+
+    def gradient(
+        self,
+        rollout: Rollout,
+        estimates: Estimates,
+        loss: LossFunction,
+        aggregation: Aggregation,
+        with_entropy: bool = False,
+    ) -> dict[str, float]:
+        """Accumulate the gradient of one minibatch (the same rows on every rank) in `.grad`, before clipping.
+
+        Returns the loss and the loss function's per-token metrics as token means over the minibatch, on every rank
+        the same, and `log_ratio_max`, the largest |log π_new − log π_old|.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        coefficients = token_coefficients(rollout.completion_mask, rollout.weights, aggregation)
+        means = token_coefficients(rollout.completion_mask, rollout.weights, "token_mean")
+        mine = balance(rollout.lengths, world)[rank]
+        parts = micro_batches(
+            rollout.prompt_mask.sum(1)[mine],
+            rollout.completion_mask.sum(1)[mine],
+            self.args.max_tokens_per_micro_batch,
+        )
+        batches = [mine[part] for part in parts]
+        if not batches:  # every rank takes part in the reduction: a row that counts for nothing
+            batches, coefficients, means = [torch.tensor([0])], coefficients * 0, means * 0
+        sums: dict[str, Tensor] = {}
+        largest = torch.zeros((), device=coefficients.device)
+        for number, rows in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                part = trim(rollout.take(rows))
+                width = part.completion_ids.shape[1]
+                credit = clip_columns(estimates.take(rows), width)
+                new = self.model(**model_inputs(part, self.args.temperature), with_entropy=with_entropy)
+                token = loss(new, part, credit)
+                weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
+                total = weighted.sum()
+                self.accelerator.backward(total * world)  # DDP takes the mean over ranks; the sum is wanted
+            if not last:
+                self.on_event("on_substep_end")
+            with torch.no_grad():
+                largest = torch.maximum(largest, (new.logprobs - part.old_logprobs).abs().max())
+                found = {
+                    k: (torch.where(part.completion_mask, v, 0) * means[rows, :width]).sum()
+                    for k, v in token.metrics.items()
+                }
+                for name, value in (found | {"loss": total}).items():
+                    sums[name] = sums.get(name, 0) + value.detach().double()
+        names = sorted(sums)
+        reduced = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="sum")
+        metrics = dict(zip(names, reduced.tolist(), strict=True))
+        metrics["log_ratio_max"] = float(self.accelerator.gather(largest[None]).max())
+        return metrics
+
+    def clip(self) -> float:
+        """Scale the accumulated, reduced gradient down to `max_grad_norm`; returns the norm before."""
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm))
+
+    def step(self) -> None:
+        """One optimizer step with the gradient that has been accumulated."""
+        self.on_event("on_pre_optimizer_step")
+        self.optimizer.step()
+        self.on_event("on_optimizer_step")
+
+    def end_turn(self) -> None:
+        """One turn of the page is done: the learning rate moves on."""
+        self.turn += 1
+        with warnings.catch_warnings():
+            # torch warns when no optimizer step came before: a skipped update is no mistake of the schedule
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+            self.scheduler.step()
+
+    @property
+    def learning_rate(self) -> float:
+        """The policy's learning rate now."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    # ── state, as plain tensors by parameter name
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts, `PARAMETER|KEY` → tensor, in their own dtype."""
+        names = {id(p): n for n, p in self.actor.named_parameters()}
+        return {
+            f"{names[id(p)]}|{key}": value.detach().cpu().clone().contiguous()
+            for p, state in self.optimizer.optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_optimizer_state(self, tensors: dict[str, Tensor], turn: int) -> None:
+        """Put back what `optimizer_state` gave, and the learning rate of turn `turn`."""
+        parameters = dict(self.actor.named_parameters())
+        unknown = sorted({n.rpartition("|")[0] for n in tensors} - set(parameters))
+        require(not unknown, f"the checkpoint has optimizer state of unknown parameters, such as {unknown[:2]}")
+        self.optimizer.optimizer.state.clear()
+        for name, tensor in tensors.items():
+            parameter, _, key = name.rpartition("|")
+            target = parameters[parameter]
+            value = tensor.clone() if key == "step" else tensor.to(target.device)
+            self.optimizer.optimizer.state[target][key] = value
+        while self.turn < turn:
+            self.end_turn()
+
+
+def parameter_groups(actor: ActorCritic, args: TrainConfig) -> list[dict[str, Any]]:
+    """Policy matrices with weight decay, other policy parameters without, and the value head at its own rate."""
+    named = [(n, p) for n, p in actor.named_parameters() if p.requires_grad]
+    policy = [p for n, p in named if not n.startswith("value.")]
+    value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+    groups = [
+        {"params": [p for p in policy if p.dim() >= 2], "lr": args.learning_rate, "weight_decay": args.weight_decay},
+        {"params": [p for p in policy if p.dim() < 2], "lr": args.learning_rate, "weight_decay": 0.0},
+        {"params": [p for n, p in named if n.startswith("value.")], "lr": value_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def model_inputs(rows: Samples | Rollout, temperature: float) -> dict[str, Any]:
+    """The arguments of `ActorCritic.forward`."""
+    return {
+        "prompt_ids": rows.prompt_ids,
+        "prompt_mask": rows.prompt_mask,
+        "completion_ids": rows.completion_ids,
+        "completion_mask": rows.completion_mask,
+        "temperature": temperature,
+        "kept": rows.kept,
+    }
+
+
+def trim(rows: R) -> R:
+    """The same rows without the prompt columns and the completion columns that are padding in all of them."""
+    prompt = max(1, int(rows.prompt_mask.sum(1).max()))
+    completion = max(1, int(rows.completion_mask.sum(1).max()))
+    return clip_columns(rows, completion, prompt)
+
+
+def clip_columns(rows: E, completion: int, prompt: int | None = None) -> E:
+    """Every [B, C, …] field cut to `completion` columns and, if given, prompts to their last `prompt` columns."""
+
+    def cut(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if name.startswith("prompt_"):
+            return value if prompt is None else value[:, -prompt:]
+        return value[:, :completion]
+
+    return type(rows)(**{name: cut(name, getattr(rows, name)) for name in type(rows).__dataclass_fields__})
+
+
+def micro_batches(prompt: Int[Tensor, " N"], completion: Int[Tensor, " N"], max_tokens: int) -> list[Tensor]:
+    """Rows sorted by length and cut into batches whose padded size is at most `max_tokens` (one row at least)."""
+    order = torch.argsort(prompt + completion, stable=True).tolist()
+    sizes = list(zip(prompt.tolist(), completion.tolist(), strict=True))
+    batches: list[list[int]] = []
+    width = (0, 0)
+    for row in order:
+        wider = (max(width[0], sizes[row][0]), max(width[1], sizes[row][1]))
+        if batches and sum(wider) * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(row)
+            width = wider
+        else:
+            batches.append([row])
+            width = sizes[row]
+    return [torch.tensor(batch) for batch in batches]
+
+
+def balance(lengths: Int[Tensor, " N"], world: int) -> list[Tensor]:
+    """Rows dealt to `world` ranks so that their tokens are about even: longest first, each to the lightest rank."""
+    if world == 1:
+        return [torch.arange(len(lengths))]
+    loads = [0] * world
+    dealt: list[list[int]] = [[] for _ in range(world)]
+    for row in torch.argsort(lengths, descending=True, stable=True).tolist():
+        rank = loads.index(min(loads))
+        dealt[rank].append(row)
+        loads[rank] += int(lengths[row])
+    return [torch.tensor(sorted(rows), dtype=torch.long) for rows in dealt]

@@ -1,0 +1,488 @@
+"""ActorCritic: a causal LM and its value head in one module; loading, and the probes that say what a model can do.
+
+The policy stays the untouched PreTrainedModel (or PeftModel): `generate` is called on it and it is saved as a plain
+Hugging Face folder. The value head lives outside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as hf_logging
+
+from hfpg.config import ConfigError, require
+from hfpg.ops.logprobs import CHUNK_ELEMENTS, chosen_logprobs, entropy, sampling_logits, score_in_chunks
+from hfpg.types import Scored
+
+
+logger = logging.getLogger(__name__)
+
+ValueKind = Literal["shared", "separate"]
+PROBE_TOLERANCE = 1e-4  # relative; fp32 rounding between two orders of the same sums is some 1e-6
+
+
+# ── loading ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_policy(
+    model: str | PreTrainedModel | Any,
+    *,
+    peft_config: Any = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A causal LM, ready to be trained, from a Hub id, a folder, a PreTrainedModel or a PeftModel.
+
+    A folder or repository that holds a PEFT adapter is loaded with its base model. A given model is used as it is
+    and will be trained in place. With `peft_config` the model is wrapped; only the adapter is trained.
+
+    Raises:
+        ConfigError: not found, not a causal LM, an encoder–decoder, prompt-learning PEFT, or `peft_config` together
+            with a model that already has an adapter.
+    """
+    if isinstance(model, str):
+        model = _load(model, revision, trust_remote_code, dtype)
+    refuse_non_causal_class(model.config, type(model).__name__)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        require(
+            not is_peft(model), "peft_config is given, but the model already has an adapter; leave one of them out"
+        )
+        try:
+            model = get_peft_model(model, peft_config)
+        except ValueError as error:
+            leaves = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise ConfigError(
+                f"peft_config does not fit the model: {error}; its linear modules are {leaves}"
+            ) from None
+    if is_peft(model):
+        config = model.active_peft_config
+        require(
+            not config.is_prompt_learning,
+            f"{config.peft_type} is not supported: its virtual tokens shift every position; use LoRA",
+        )
+        # an adapter loaded for inference is frozen; here it is there to be trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = parameter.requires_grad or f".{model.active_adapter}." in name
+    model.eval()
+    require(any(p.requires_grad for p in model.parameters()), "no parameter of the model requires a gradient")
+    return model
+
+
+def _load(name: str, revision: str, trust_remote_code: bool, dtype: torch.dtype) -> Any:
+    try:
+        adapter = (Path(name) / "adapter_config.json").exists()
+        if adapter:
+            from peft import AutoPeftModelForCausalLM
+
+            return AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, is_trainable=True)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        refuse_non_causal_class(config, name)
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cannot load the model {name!r}: {first} (a Hub id such as 'gpt2' or a local folder works; private or "
+            "gated models need `hf auth login`)"
+        ) from error
+
+
+def refuse_non_causal_class(config: Any, name: str) -> None:
+    """Raise ConfigError for an encoder–decoder, or an architecture that has no causal LM class."""
+    kind = getattr(config, "model_type", "?")
+    require(
+        not getattr(config, "is_encoder_decoder", False),
+        f"{name} ({kind}) is an encoder–decoder, not a causal LM; use a decoder-only model such as 'gpt2'",
+    )
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    registered = type(config) in AutoModelForCausalLM._model_mapping
+    require(known or registered, f"{name} ({kind}) is not a causal LM; use a decoder-only model such as 'gpt2'")
+
+
+def is_peft(model: Any) -> bool:
+    """True for a PeftModel, without importing peft where it is not used."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def causal_lm(policy: Any) -> PreTrainedModel:
+    """The PreTrainedModel inside: LoRA layers are injected into it, so its forward is the adapted one."""
+    return policy.get_base_model() if is_peft(policy) else policy
+
+
+# ── positions ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def positions(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Position of every token counted over real tokens. GPT-2 under left padding is off by nats without it."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def predicts(x: Tensor, completion_length: int) -> Tensor:
+    """The slice [B, C, …] of per-position outputs [B, T, …] that predicts the completion: positions P−1 … T−2."""
+    return x[:, -completion_length - 1 : -1]
+
+
+# ── the module ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ActorCritic(nn.Module):
+    """Policy and, where the algorithm needs one, value function, as the one module given to Accelerate.
+
+    Args:
+        policy: a causal LM (see `load_policy`).
+        value: None, "shared" (a linear head on what the LM head reads) or "separate" (a trunk of its own, copied from
+            the policy's, with such a head).
+    Raises:
+        ConfigError: the model is not causal (changing the last token moves earlier logits), or a value head is asked
+            of a model whose LM head cannot be found.
+
+    Both heads start at zero, so the first values are 0. The module is always in eval mode: dropout of every kind is
+    off in scoring and in training, or the ratio of the first minibatch would not be 1.
+    """
+
+    def __init__(self, policy: Any, value: ValueKind | None = None):
+        super().__init__()
+        self.policy = policy.eval()
+        lm = causal_lm(policy)
+        self.vocabulary: int = lm.get_input_embeddings().weight.shape[0]
+        self.takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+        self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(lm.forward).parameters
+        self.value: ValueHead | None = None
+        self.chunked_head = False
+        with torch.no_grad():
+            batch = self._probe_batch()
+            self._refuse_non_causal(*batch)
+        self.chunked_head = self._chunked_head_agrees(*batch)
+        if value is not None:
+            width = self._head_input_width(*batch)
+            trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
+            self.value = ValueHead(width, trunk).to(next(lm.parameters()).device)
+        self.eval()
+
+    def train(self, mode: bool = True) -> ActorCritic:
+        """Stay in eval mode (dropout off), whatever a wrapper asks for."""
+        return super().train(False)
+
+    @property
+    def value_kind(self) -> ValueKind | None:
+        """ "shared", "separate", or None without a value head."""
+        if self.value is None:
+            return None
+        return "shared" if self.value.trunk is None else "separate"
+
+    def forward(
+        self,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Bool[Tensor, "B P"],
+        completion_ids: Int[Tensor, "B C"],
+        completion_mask: Bool[Tensor, "B C"],
+        temperature: float = 1.0,
+        kept: UInt8[Tensor, "B C bytes"] | None = None,
+        with_entropy: bool = False,
+        with_values: bool = True,
+    ) -> Scored:
+        """Log-probabilities, entropy and values of given completions, each [B, C], 0 outside `completion_mask`.
+
+        log-probs are those of the distribution that is sampled from: temperature applied, renormalised over `kept`
+        (bits packed, see `hfpg.ops.logprobs`). Values are V(s_t), read before token t.
+        """
+        mask = torch.cat([prompt_mask, completion_mask], 1)
+        inputs = self._inputs(torch.cat([prompt_ids, completion_ids], 1), mask)
+        length = completion_ids.shape[1]
+        if self.chunked_head:
+            hidden = predicts(causal_lm(self.policy).base_model(**inputs).last_hidden_state, length)
+            picked_kept = None if kept is None else kept[completion_mask]
+            flat, flat_entropy = score_in_chunks(
+                causal_lm(self.policy).get_output_embeddings(),
+                hidden[completion_mask],
+                completion_ids[completion_mask],
+                self.vocabulary,
+                temperature,
+                picked_kept,
+                with_entropy,
+            )
+            logprobs = _unflatten(flat, completion_mask)
+            entropies = _unflatten(flat_entropy, completion_mask) if flat_entropy is not None else None
+        else:
+            logprobs, entropies, hidden = self._score_by_model(
+                inputs, completion_ids, completion_mask, temperature, kept, with_entropy
+            )
+        values = None
+        if self.value is not None and with_values:
+            if self.value.trunk is not None:
+                hidden = predicts(self.value.trunk(**inputs).last_hidden_state, length)
+            values = _unflatten(self.value(hidden[completion_mask]), completion_mask)
+        return Scored(logprobs, entropies, values)
+
+    # ── how the model is called
+
+    def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+        if self.takes_positions:
+            inputs["position_ids"] = positions(mask)
+        return inputs
+
+    def _model_logits(self, inputs: dict[str, Any], length: int) -> Tensor:
+        """Logits [B, C, V] that predict the last `length` tokens, by the model's own forward."""
+        lm = causal_lm(self.policy)
+        if self.takes_logits_to_keep:
+            return lm(**inputs, logits_to_keep=length + 1).logits[:, :-1]
+        return predicts(lm(**inputs).logits, length)
+
+    def _score_by_model(
+        self,
+        inputs: dict[str, Any],
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float,
+        kept: Tensor | None,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Scores through the model's own forward, for models that do more after the head (Gemma-2, Cohere, Granite).
+
+        Rows go through in groups small enough for their logits to fit one chunk of memory; with more than one group
+        the backward pass runs the group again instead of keeping its logits.
+        """
+        size = max(1, 4 * CHUNK_ELEMENTS // (self.vocabulary * (tokens.shape[1] + 1)))
+
+        def score(rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+            part = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            with captured_head_input(causal_lm(self.policy)) as captured:
+                logits = self._model_logits(part, tokens.shape[1])
+            hidden = captured[0]
+            hidden = hidden[:, :-1] if hidden.shape[1] == tokens.shape[1] + 1 else predicts(hidden, tokens.shape[1])
+            chosen = mask[rows]
+            flat = sampling_logits(logits[chosen], temperature, None if kept is None else kept[rows][chosen])
+            spread = _unflatten(entropy(flat), chosen) if with_entropy else None
+            return _unflatten(chosen_logprobs(flat, tokens[rows][chosen]), chosen), spread, hidden
+
+        groups = [slice(i, i + size) for i in range(0, len(tokens), size)]
+        recompute = torch.is_grad_enabled() and len(groups) > 1
+        parts = [checkpoint(score, g, use_reentrant=False) if recompute else score(g) for g in groups]
+        spread = torch.cat([p[1] for p in parts if p[1] is not None]) if with_entropy else None
+        return torch.cat([p[0] for p in parts]), spread, torch.cat([p[2] for p in parts])
+
+    # ── probes: a look at the model before anything is built on it
+
+    def _probe_batch(self) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Two rows of six fixed tokens, the second left-padded by two; the last four are the completion."""
+        device = next(self.policy.parameters()).device
+        ids = (torch.arange(12, device=device).view(2, 6) * 7 + 3) % self.vocabulary
+        mask = torch.ones(2, 6, dtype=torch.bool, device=device)
+        mask[1, :2] = False
+        return self._inputs(ids, mask), ids[:, 2:], mask[:, 2:]
+
+    def _refuse_non_causal(self, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> None:
+        lm, changed = causal_lm(self.policy), dict(inputs)
+        changed["input_ids"] = inputs["input_ids"].clone()
+        changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % self.vocabulary
+        before, after = lm(**inputs).logits[:, 2:-1], lm(**changed).logits[:, 2:-1]
+        require(
+            bool((before - after).abs().max() <= PROBE_TOLERANCE * before.abs().max().clamp(min=1e-6)),
+            f"{type(lm).__name__} is not causal: changing the last token moves the logits of earlier ones, so it "
+            "cannot generate from left to right; use a decoder-only model such as 'gpt2' (BERT and BART classes need "
+            "is_decoder=True)",
+        )
+
+    def _chunked_head_agrees(self, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> bool:
+        """True if LM head ∘ trunk gives the model's own logits *and* the same gradient on a ragged batch."""
+        lm = causal_lm(self.policy)
+        head, trunk = lm.get_output_embeddings(), lm.base_model
+        if head is None or trunk is lm:
+            return False
+        embedding = lm.get_input_embeddings().weight
+        needs_grad = embedding.requires_grad
+        embedding.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                own = self._model_logits(inputs, tokens.shape[1]).float()
+                ours = head(predicts(trunk(**inputs).last_hidden_state, tokens.shape[1])).float()
+                target = torch.linspace(-1, 1, own.numel(), device=own.device).view_as(own)
+                gradients = [torch.autograd.grad((x * target).sum(), embedding)[0] for x in (own, ours)]
+        except (TypeError, AttributeError, RuntimeError) as error:
+            logger.info("the LM head of %s is used through the model's own forward (%s)", type(lm).__name__, error)
+            return False
+        finally:
+            embedding.requires_grad_(needs_grad)
+        agree = [_close(own, ours), _close(*gradients)]
+        if not all(agree):
+            logger.info("%s does more after its LM head: scored through logits_to_keep", type(lm).__name__)
+        return all(agree)
+
+    @torch.no_grad()
+    def _head_input_width(self, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> int:
+        with captured_head_input(causal_lm(self.policy)) as captured:
+            self._model_logits(inputs, tokens.shape[1])
+        require(
+            len(captured) == 1,
+            f"{type(causal_lm(self.policy)).__name__} has no LM head that can be found (get_output_embeddings), so no "
+            "value head can be put on it; use an algorithm without one, such as Reinforce(baseline='batch')",
+        )
+        return captured[0].shape[-1]
+
+
+def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
+    """Values at the True places of a mask back in its shape, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= PROBE_TOLERANCE * a.abs().max().clamp(min=1e-6))
+
+
+@contextmanager
+def captured_head_input(lm: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list that receives what the LM head reads, at each call of it inside the block."""
+    captured: list[Tensor] = []
+    head = lm.get_output_embeddings()
+    if head is None:
+        yield captured
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+class ValueHead(nn.Module):
+    """V(s) = w · h + b in at least fp32, from zero; with a trunk of its own when the value function is separate."""
+
+    def __init__(self, width: int, trunk: nn.Module | None = None):
+        super().__init__()
+        self.trunk = trunk
+        dtype = torch.float32 if trunk is None else torch.promote_types(next(trunk.parameters()).dtype, torch.float32)
+        self.linear = nn.Linear(width, 1, dtype=dtype)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
+        """Values of N hidden states."""
+        dtype = torch.promote_types(hidden.dtype, self.linear.weight.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(
+                hidden.to(dtype), self.linear.weight.to(dtype), self.linear.bias.to(dtype)
+            ).squeeze(-1)
+
+
+# ── the reference policy ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Reference:
+    """The frozen policy that KL is measured against: the model exactly as it was passed.
+
+    With an adapter that does nothing yet, the policy itself with the adapter switched off (no second model in
+    memory); otherwise a frozen copy, or the `ref_model` given.
+    """
+
+    def __init__(self, actor: ActorCritic, ref_model: Any = None, **load: Any):
+        self.adapter_off = ref_model is None and is_peft(actor.policy) and self._adapter_is_inert(actor)
+        if self.adapter_off:
+            self.scorer = actor
+            return
+        policy = copy.deepcopy(actor.policy) if ref_model is None else load_policy(ref_model, **load)
+        self.scorer = ActorCritic(policy.requires_grad_(False))
+        require(
+            self.scorer.vocabulary == actor.vocabulary,
+            f"ref_model has {self.scorer.vocabulary} tokens and the policy {actor.vocabulary}; they must share one",
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def _adapter_is_inert(actor: ActorCritic) -> bool:
+        inputs, _, _ = actor._probe_batch()
+        lm = causal_lm(actor.policy)
+        on = lm(**inputs).logits
+        with actor.policy.disable_adapter():
+            return bool(torch.equal(on, lm(**inputs).logits))
+
+    @torch.no_grad()
+    def logprobs(self, **rows: Any) -> Tensor:
+        """log π_ref of given completions [B, C]; arguments as for `ActorCritic.forward`."""
+        with self.scorer.policy.disable_adapter() if self.adapter_off else nullcontext():
+            return self.scorer(**rows, with_values=False).logprobs
+
+
+# ── saving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for every file that it writes; in the middle of a live view that is a mess."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+HEAD_FILE = "value_head.safetensors"
+TRUNK_FOLDER = "value_model"
+ABOUT_FILE = "hfpg.json"
+
+
+def save_actor_critic(actor: ActorCritic, folder: str | Path) -> None:
+    """The policy as a plain Hugging Face folder, the value head beside it, and hfpg.json that says which kind."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with no_progress_bar():
+        actor.policy.save_pretrained(folder)
+    (folder / ABOUT_FILE).write_text(json.dumps({"format": 1, "value": actor.value_kind}) + "\n")
+    if actor.value is not None:
+        save_file(_contiguous(actor.value.linear.state_dict()), folder / HEAD_FILE)
+        if actor.value.trunk is not None:
+            (folder / TRUNK_FOLDER).mkdir(exist_ok=True)
+            save_file(_contiguous(actor.value.trunk.state_dict()), folder / TRUNK_FOLDER / "model.safetensors")
+
+
+def load_actor_critic(path: str | Path, *, trust_remote_code: bool = False) -> ActorCritic:
+    """The policy and value head of a folder that hfpg saved. For a Hub id, give `hfpg.hub.pull(id)`.
+
+    A folder without a value head gives an ActorCritic without one.
+    """
+    path = Path(path)
+    about = path / ABOUT_FILE
+    kind = json.loads(about.read_text())["value"] if about.exists() else None
+    actor = ActorCritic(load_policy(str(path), trust_remote_code=trust_remote_code), kind)
+    load_value_head(actor, path)
+    return actor
+
+
+def load_value_head(actor: ActorCritic, folder: str | Path) -> None:
+    """Fill the value head (and its trunk) of `actor` from a folder made by `save_actor_critic`."""
+    if actor.value is None:
+        return
+    folder = Path(folder)
+    require(
+        (folder / HEAD_FILE).exists(),
+        f"{folder} holds no {HEAD_FILE}; it was saved without a value head, so start the algorithm with a fresh one",
+    )
+    actor.value.linear.load_state_dict(load_file(folder / HEAD_FILE))
+    if actor.value.trunk is not None:
+        actor.value.trunk.load_state_dict(load_file(folder / TRUNK_FOLDER / "model.safetensors"))
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}

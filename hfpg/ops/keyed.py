@@ -1,0 +1,79 @@
+"""Random numbers as pure functions of (seed, purpose, counters): no generator, no state to save.
+
+A key is a 64-bit integer mixed from the seed, the name of the purpose and any counters; every draw hashes key and
+position (the finalizer of SplitMix64, Steele et al. 2014). The same key gives the same numbers in every process, on
+every device, in every batch layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit: torch multiplies int64 modulo 2^64
+_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    """Logical shift: torch's >> on int64 copies the sign bit."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """The SplitMix64 finalizer: a bijection of 64-bit integers whose output bits look independent."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def key(seed: int, purpose: str, *counters: int) -> int:
+    """A signed 64-bit key for one use of random numbers, e.g. `key(seed, "minibatch", step, epoch)`."""
+    text = "/".join([str(seed), purpose, *map(str, counters)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def row_keys(seed: int, purpose: str, counters: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """One key per row from one counter per row (a sample id)."""
+    return mix(mix(counters.to(torch.int64)) ^ key(seed, purpose))
+
+
+def uniforms(keys: Int[Tensor, " B"], n: int) -> Float[Tensor, "B n"]:
+    """n numbers in the open interval (0, 1) for each key, float64."""
+    bits = mix(keys[:, None] ^ mix(torch.arange(n, device=keys.device) + 1))
+    return (_shift_right(bits, 11).double() + 0.5) / (1 << 53)
+
+
+def permutation(n: int, seed: int, purpose: str, *counters: int) -> Int[Tensor, " n"]:
+    """A permutation of 0 … n−1 (on the CPU), a pure function of its arguments."""
+    bits = mix(torch.arange(n) ^ key(seed, purpose, *counters))
+    return torch.argsort(mix(bits ^ key(seed, purpose, "second pass", *counters)), stable=True)  # type: ignore[arg-type]
+
+
+def gumbel(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """−log(−log u): standard Gumbel noise from uniforms."""
+    return -torch.log(-torch.log(u))
+
+
+def gumbel_max(logits: Float[Tensor, "B V"], keys: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """One token per row, drawn exactly from softmax(logits), keyed by row.
+
+    argmax_v (logit_v + Gumbel_v) has law softmax(logits) (Gumbel 1954). It is applied twice, to √V blocks by their
+    logsumexp and then inside the block that won, so that a row needs 2√V random numbers in place of V. Unlike an
+    inverse CDF, a rounding difference in the logits moves no boundary: a token changes only when two noisy logits
+    tie to that precision. −inf logits are never drawn.
+    """
+    rows, vocabulary = logits.shape
+    width = math.isqrt(vocabulary - 1) + 1
+    padded = torch.nn.functional.pad(logits, (0, width * width - vocabulary), value=-torch.inf)
+    blocks = padded.view(rows, width, width)
+    noise = gumbel(uniforms(keys, 2 * width)).to(torch.promote_types(logits.dtype, torch.float32))
+    block = (blocks.logsumexp(2) + noise[:, :width]).argmax(1)
+    inside = blocks[torch.arange(rows, device=logits.device), block]
+    return block * width + (inside + noise[:, width:]).argmax(1)

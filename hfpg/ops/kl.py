@@ -1,0 +1,42 @@
+"""Kullback–Leibler divergence from samples (Schulman 2020, "Approximating KL divergence"), and its controller.
+
+δ = log π(y) − log π_ref(y) at tokens drawn from π; all estimators are of KL(π ‖ π_ref).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def k1(log_ratio: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """δ. Unbiased in value; in the *reward* its gradient is exactly ∇KL; in the *loss* its expected gradient is 0."""
+    return log_ratio
+
+
+def k2(log_ratio: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """½ δ². Biased in value; its gradient per token is that of the KL of that token alone."""
+    return log_ratio**2 / 2
+
+
+def k3(log_ratio: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """e^{−δ} − 1 + δ ≥ 0. Unbiased in value with low variance: the one to report."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def full(logits: Float[Tensor, "... V"], other_logits: Float[Tensor, "... V"]) -> Float[Tensor, ...]:
+    """Σ_v π(v) (log π(v) − log π_other(v)), exact over the vocabulary. Tokens outside π's support add 0."""
+    logp, logq = logits.log_softmax(-1), other_logits.log_softmax(-1)
+    return torch.where(logp > -torch.inf, logp.exp() * (logp - logq), 0).sum(-1)
+
+
+def adapt_kl_coef(kl_coef: float, kl_to_ref: float, target: float, gain: float = 0.1) -> float:
+    """β ← β · (1 + gain · clip(KL/target − 1, −0.2, 0.2)), a pure step (Ziegler et al. 2019, §2.2).
+
+    `kl_to_ref` and `target` in nats per completion. A KL that is not finite leaves β as it is.
+    """
+    error = kl_to_ref / target - 1
+    if not abs(error) < float("inf"):
+        return kl_coef
+    return kl_coef * (1 + gain * min(max(error, -0.2), 0.2))

@@ -1,0 +1,78 @@
+"""Log-probability and entropy of chosen tokens. [B, C, V] is never whole in memory: tokens go through in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 16 MB in fp32, below glibc's largest reused block (32 MB)
+
+
+def pack_bits(kept: Bool[Tensor, "*shape V"]) -> UInt8[Tensor, "*shape bytes"]:
+    """V booleans as ⌈V/8⌉ bytes, lowest bit first."""
+    padded = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8))
+    bits = padded.view(*kept.shape[:-1], -1, 8).to(torch.uint8)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
+    return (bits * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: UInt8[Tensor, "*shape bytes"], vocabulary: int) -> Bool[Tensor, "*shape V"]:
+    """The inverse of `pack_bits`."""
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] & powers) != 0).flatten(-2)[..., :vocabulary]
+
+
+def sampling_logits(
+    logits: Float[Tensor, "N V"], temperature: float, kept: UInt8[Tensor, "N bytes"] | None = None
+) -> Float[Tensor, "N V"]:
+    """The logits of the distribution that is sampled from: at least fp32, divided by τ, −inf outside the kept set."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if kept is not None:
+        logits = logits.masked_fill(~unpack_bits(kept, logits.shape[-1]), -torch.inf)
+    return logits
+
+
+def chosen_logprobs(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """log softmax(logits)[token]."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def entropy(logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """H = −Σ_v p_v log p_v = logsumexp(z) − Σ_v p_v z_v, in nats. Tokens of probability 0 add 0."""
+    p = logits.softmax(1)
+    return logits.logsumexp(1) - (p * logits.masked_fill(logits == -torch.inf, 0)).sum(1)
+
+
+def score_in_chunks(
+    head: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "N H"],
+    tokens: Int[Tensor, " N"],
+    vocabulary: int,
+    temperature: float,
+    kept: UInt8[Tensor, "N bytes"] | None = None,
+    with_entropy: bool = False,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
+    """log π(token) and, if asked, the entropy, for N positions given by their hidden states.
+
+    `head` maps hidden states [n, H] to logits [n, V]. With more than one chunk the logits are computed again in the
+    backward pass instead of being kept, so peak memory is one chunk of logits however many tokens there are.
+    """
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+
+    def score(h: Tensor, y: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        logits = sampling_logits(head(h), temperature, keep)
+        return chosen_logprobs(logits, y), entropy(logits) if with_entropy else None
+
+    parts = []
+    for start in range(0, max(len(tokens), 1), size):
+        rows = slice(start, start + size)
+        chunk = (hidden[rows], tokens[rows], None if kept is None else kept[rows])
+        recompute = torch.is_grad_enabled() and len(tokens) > size
+        parts.append(checkpoint(score, *chunk, use_reentrant=False) if recompute else score(*chunk))
+    logprobs = torch.cat([part[0] for part in parts])
+    return logprobs, torch.cat([part[1] for part in parts]) if with_entropy else None  # type: ignore[misc]

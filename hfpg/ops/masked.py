@@ -1,0 +1,95 @@
+"""The only reductions in the package. Every mean asks: which tokens, which weights?
+
+All functions take `mask [B, C]` (True where the policy chose the token) and row weights `[B]`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+Aggregation = Literal["sequence_sum", "token_mean", "sequence_mean", "constant"]
+
+
+def token_coefficients(
+    mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"], how: Aggregation, max_length: int | None = None
+) -> Float[Tensor, "B C"]:
+    """Coefficients c such that the aggregate of any x [B, C] is Σ_bt c_bt · x_bt.
+
+    With w the row weights, m the mask, L_b = Σ_t m_bt:
+
+    - `sequence_sum`   Σ_b w_b Σ_t m x / Σ w        the only one whose expectation is ∇J
+    - `token_mean`     Σ_b w_b Σ_t m x / Σ_b w_b L_b
+    - `sequence_mean`  Σ_b w_b (Σ_t m x / L_b) / Σ w
+    - `constant`       Σ_b w_b Σ_t m x / (Σ w · max_length)   = ∇J / max_length   (Dr. GRPO, arXiv 2503.20783)
+
+    Since every aggregate is this one weighted sum, a batch may be cut into micro-batches and over ranks in any way:
+    the coefficients of the whole minibatch are made first, and the parts add up. A denominator of 0 (no row counts)
+    gives coefficients of 0.
+    """
+    m = mask.to(weights.dtype)
+    rows = weights.sum()
+    lengths = m.sum(1)
+    if how == "sequence_sum":
+        row, total = weights, rows
+    elif how == "token_mean":
+        row, total = weights, (weights * lengths).sum()
+    elif how == "sequence_mean":
+        row, total = weights / lengths.clamp(min=1), rows
+    elif how == "constant":
+        row, total = weights, rows * (mask.shape[1] if max_length is None else max_length)
+    else:
+        raise ValueError(
+            f"aggregation={how!r} is unknown; use 'sequence_sum', 'token_mean', 'sequence_mean' or 'constant'"
+        )
+    return torch.where(total > 0, 1 / total, 0.0) * row[:, None] * m
+
+
+def aggregate(
+    x: Float[Tensor, "B C"],
+    mask: Bool[Tensor, "B C"],
+    weights: Float[Tensor, " B"],
+    how: Aggregation,
+    max_length: int | None = None,
+) -> Float[Tensor, ""]:
+    """One number from per-token quantities; see `token_coefficients`. Values outside the mask do not matter."""
+    return (torch.where(mask, x, 0) * token_coefficients(mask, weights.to(x.dtype), how, max_length)).sum()
+
+
+def masked_mean(x: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Weighted mean over chosen tokens, Σ w m x / Σ w m; 0 when there is no token."""
+    return aggregate(x, mask, weights, "token_mean")
+
+
+def row_mean(x: Float[Tensor, " B"], weights: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Weighted mean over rows, Σ w x / Σ w; 0 when no row counts. A non-finite x in a row of weight 0 is left out."""
+    total = weights.sum()
+    return torch.where(total > 0, torch.where(weights > 0, x * weights, 0).sum() / total, 0.0)
+
+
+def row_std(x: Float[Tensor, " B"], weights: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Weighted standard deviation over rows (population form, divisor Σ w)."""
+    return row_mean((x - row_mean(x, weights)) ** 2, weights).sqrt()
+
+
+def center_and_scale(
+    x: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"], eps: float = 1e-8
+) -> Float[Tensor, "B C"]:
+    """(x − mean) / std over all chosen tokens ("whitening"). Fewer than two tokens: x is returned as it is."""
+    if (mask & (weights > 0)[:, None]).sum() < 2:
+        return x
+    return scale_only(torch.where(mask, x - masked_mean(x, mask, weights), 0), mask, weights, eps)
+
+
+def scale_only(
+    x: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"], eps: float = 1e-8
+) -> Float[Tensor, "B C"]:
+    """x / std over all chosen tokens; the mean is kept. Fewer than two tokens: x is returned as it is."""
+    if (mask & (weights > 0)[:, None]).sum() < 2:
+        return x
+    variance = masked_mean((x - masked_mean(x, mask, weights)) ** 2, mask, weights)
+    return x / (variance.sqrt() + eps)

@@ -1,0 +1,58 @@
+"""Credit over time. Row t of `values` is V(s_t), the value *before* token t; V after the last chosen token is 0."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def token_rewards(
+    scores: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B C"],
+    log_ratio_to_ref: Float[Tensor, "B C"] | None = None,
+    kl_coef: float = 0.0,
+) -> Float[Tensor, "B C"]:
+    """r_t = 1[t is the last chosen token] · score − β · (log π(y_t) − log π_ref(y_t)).
+
+    The score sits on the last chosen token: the stop token, or the last token of a completion that was cut. A row
+    without any chosen token earns nothing. k1 in the reward is the placement whose expected gradient is that of the
+    KL itself (Schulman 2020; measured in docs/algorithms).
+    """
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    rewards = torch.where(last, scores[:, None], 0)
+    if log_ratio_to_ref is not None:
+        rewards = rewards - kl_coef * torch.where(mask, log_ratio_to_ref, 0)
+    return rewards
+
+
+def rewards_to_go(
+    rewards: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], gamma: float = 1.0
+) -> Float[Tensor, "B C"]:
+    """G_t = Σ_{l ≥ t} γ^{l−t} r_l over chosen tokens (Williams 1992; Sutton & Barto 2018, eq. 3.8)."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
+
+
+def gae(
+    rewards: Float[Tensor, "B C"],
+    values: Float[Tensor, "B C"],
+    mask: Bool[Tensor, "B C"],
+    gamma: float = 1.0,
+    lam: float = 1.0,
+) -> Float[Tensor, "B C"]:
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16).
+
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t);   A_t = δ_t + γ λ A_{t+1}
+
+    Padding (mask False) is a terminal state: its value and advantage are 0, whatever stands in `values` there. The
+    chosen tokens must be a prefix of the row. At λ = 1, A_t = rewards_to_go − V(s_t): unbiased for any V.
+    """
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return torch.where(mask, advantages, 0)

@@ -1,0 +1,200 @@
+"""Checks before any work: everything that can be refused is refused before the model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from hfpg import hub
+from hfpg.checkpoint import checkpoints
+from hfpg.config import ConfigError, TrainConfig, require
+from hfpg.data import PromptData, read_chat_template
+from hfpg.distributed import raise_together
+from hfpg.models import refuse_non_causal_class
+from hfpg.rewards import Judge
+
+
+OURS = ("run.json", "metrics.jsonl", "completions.jsonl")  # files that a run writes beside its checkpoints
+
+
+def check_namespace(algorithm: Any) -> None:
+    """One flat namespace: an algorithm's field must not have the name of a TrainConfig field."""
+    shared = {f.name for f in dataclasses.fields(algorithm)} & {f.name for f in dataclasses.fields(TrainConfig)}
+    require(
+        not shared, f"{type(algorithm).__name__} and TrainConfig both have the fields {sorted(shared)}; rename one"
+    )
+
+
+def check_batch(args: TrainConfig, algorithm: Any, processes: int) -> None:
+    """The arithmetic of a step."""
+    rows = args.prompts_per_step * algorithm.num_generations
+    works = [n for n in range(1, rows + 1) if rows % n == 0]
+    near = sorted(sorted(works, key=lambda n: abs(n - algorithm.minibatches))[:2])
+    require(
+        rows % algorithm.minibatches == 0,
+        f"minibatches={algorithm.minibatches} does not divide the {rows} rollouts of a step ({args.prompts_per_step} "
+        f"prompts × {algorithm.num_generations} samples); try {' or '.join(map(str, near))}",
+    )
+    require(
+        args.prompts_per_step >= processes,
+        f"prompts_per_step={args.prompts_per_step} leaves some of the {processes} processes without a prompt; use at "
+        f"least {processes}",
+    )
+
+
+def check_data(data: PromptData, args: TrainConfig) -> None:
+    """A data set must hold one step's prompts."""
+    require(
+        len(data) >= args.prompts_per_step,
+        f"the data set has {len(data)} prompts and a step takes prompts_per_step={args.prompts_per_step}; set it to "
+        f"{len(data)} or less",
+    )
+
+
+def check_eval(data: PromptData | None, processes: int) -> None:
+    """Every process evaluates at least one prompt."""
+    require(
+        data is None or len(data) >= processes,
+        f"eval_dataset has fewer prompts than the {processes} processes; give at least {processes}",
+    )
+
+
+def check_hub(args: TrainConfig, accelerator: Accelerator) -> None:
+    """The login and the repository's name, before training and not after it."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            hub.check_login(str(args.hub_model_id))
+        except hub.HubError as failure:
+            error = failure
+    raise_together(accelerator, error)
+
+
+def slug(name: str) -> str:
+    """A model's or algorithm's name as part of a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-") or "model"
+
+
+def prepare_output_dir(args: TrainConfig, algorithm: Any, model: Any, accelerator: Accelerator) -> Path:
+    """The run's folder, made and proven writable; every rank gets the main process's choice.
+
+    Raises:
+        ConfigError: it holds another run (and neither resume nor overwrite is asked for), is a file, or is read-only.
+    """
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            chosen = [str(_output_dir(args, algorithm, model))]
+        except ConfigError as error:
+            chosen = [error]
+    broadcast_object_list(chosen)
+    if isinstance(chosen[0], ConfigError):
+        raise chosen[0]
+    return Path(chosen[0])
+
+
+def _output_dir(args: TrainConfig, algorithm: Any, model: Any) -> Path:
+    if args.output_dir is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or type(model).__name__
+        base = Path("runs") / f"{slug(type(algorithm).__name__)}-{slug(name)}"
+        folder, number = base, 1
+        while folder.exists():
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+    else:
+        folder = Path(args.output_dir)
+    require(not folder.is_file(), f"output_dir={str(folder)!r} is a file; name a folder")
+    occupied = checkpoints(folder) or any((folder / name).exists() for name in OURS)
+    if occupied and not args.resume_from_checkpoint:
+        require(
+            args.overwrite_output_dir,
+            f"output_dir={str(folder)!r} holds a run already; continue it with resume_from_checkpoint=True, choose "
+            "another folder, or remove it with overwrite_output_dir=True",
+        )
+        for path in [*checkpoints(folder), *(folder / name for name in OURS)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def load_config(model: Any, args: TrainConfig) -> Any:
+    """The model's configuration, without its weights."""
+    if not isinstance(model, str):
+        return model.config
+    source, revision = model, args.model_revision
+    adapter = Path(model) / "adapter_config.json"
+    if adapter.exists():
+        from peft import PeftConfig
+
+        source, revision = str(PeftConfig.from_pretrained(model).base_model_name_or_path), "main"
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot load the model {model!r}: {str(error).strip().splitlines()[0]} (a Hub id such as 'gpt2' or a "
+            "local folder works; private or gated models need `hf auth login`)"
+        ) from None
+    refuse_non_causal_class(config, source)
+    return config
+
+
+def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:
+    """The policy's tokenizer: the one given, or the one saved with the model; with the chat template of `args`."""
+    tokenizer = given
+    if tokenizer is None:
+        source = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        require(bool(source), "the model was made in memory; give its tokenizer as processing_class")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"cannot load the tokenizer of {source!r}: {str(error).strip().splitlines()[0]}; give processing_class"
+            ) from None
+    require(
+        isinstance(tokenizer, PreTrainedTokenizerBase),
+        f"processing_class is a {type(tokenizer).__name__}; hfpg trains text models and needs a tokenizer",
+    )
+    if args.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(args.chat_template)
+    return tokenizer
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence that the model can take, or None if it does not say."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return None
+
+
+def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
+    """Every token of the tokenizer must have an embedding."""
+    require(
+        len(tokenizer) <= vocabulary,
+        f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary} embeddings; use the model's own "
+        "tokenizer, or resize the model with model.resize_token_embeddings(len(tokenizer))",
+    )
+
+
+def dry_call(judge: Judge, data: PromptData, tokenizer: Any) -> None:
+    """Call the reward functions on two rows of the data set with made-up completions."""
+    rows = [0, len(data) - 1]
+    ids = tokenizer(["good", "a fine answer"], add_special_tokens=False).input_ids
+    columns = {name: [values[i] for i in rows] for name, values in data.columns.items()}
+    judge.dry_call([data.prompts[i] for i in rows], [list(i) for i in ids], columns)

@@ -1,0 +1,1 @@
+"""What a run tells people: metrics, tables, pages, and the model card."""

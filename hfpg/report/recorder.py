@@ -1,0 +1,82 @@
+"""Files of a run that say what happened: metrics.jsonl, completions.jsonl, run.json; and Accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+
+SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}")
+PACKAGES = ("hfpg", "torch", "transformers", "accelerate", "datasets", "peft", "huggingface_hub", "tokenizers")
+
+
+class Recorder:
+    """Appends to the run's files, on the main process; other processes record nothing.
+
+    `metrics.jsonl` holds one JSON object per log or evaluation, with `step`; non-finite numbers are written as null.
+    A resumed run drops the lines beyond the step it resumes from.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, trackers: bool):
+        self.folder, self.accelerator, self.trackers = folder, accelerator, trackers
+        self.main = accelerator.is_main_process
+
+    def run_file(self, facts: dict[str, Any]) -> None:
+        """Write run.json: what was asked, with what versions, from what command. Tokens are blotted out."""
+        if self.main:
+            about = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+            text = json.dumps(about | facts | {"versions": versions()}, indent=1, default=str)
+            (self.folder / "run.json").write_text(SECRET.sub("hf_***", text) + "\n", encoding="utf-8")
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics, and the same to the trackers."""
+        if self.main:
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+            self._append("metrics.jsonl", [{"step": step} | finite])
+        if self.trackers:
+            self.accelerator.log(values, step=step)
+
+    def completions(self, rows: list[dict[str, Any]]) -> None:
+        """Completions with their scores."""
+        if self.main:
+            self._append("completions.jsonl", rows)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded after `step`."""
+        for name in ("metrics.jsonl", "completions.jsonl") if self.main else ():
+            path = self.folder / name
+            if path.exists():
+                lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+                path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _step(line: str) -> int:
+    """The step of a recorded line; a line cut short by a crash counts as beyond every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

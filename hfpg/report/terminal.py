@@ -1,0 +1,127 @@
+"""What a person sees: a live view in a terminal, plain lines elsewhere. Safe against hostile text."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+COLUMNS = (  # metric, heading, format
+    ("score", "score", "{:+.3f}"),
+    ("kl_to_ref", "KL", "{:.2f}"),
+    ("entropy", "entropy", "{:.2f}"),
+    ("length", "length", "{:.1f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+)
+
+
+def printable(text: object, limit: int = 300) -> Text:
+    """Foreign text, fit for a terminal: no control or direction characters, no markup, cut at `limit`."""
+    clean = CONTROL.sub(lambda m: "⏎" if m[0] == "\n" else "·", str(text))
+    return Text(clean if len(clean) <= limit else clean[: limit - 1] + "…")
+
+
+def spoken(seconds: float) -> str:
+    """A duration as 42s, 3m05s or 2h10m."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole // 60 % 60:02d}m"
+
+
+class Terminal:
+    """Progress of a run. In a terminal: a bar and the current numbers, redrawn in place. Elsewhere: a line per log.
+
+    Args:
+        total: steps of the whole run.
+        plain: never redraw, whatever the console is.
+        quiet: show nothing (ranks other than the main one).
+    """
+
+    def __init__(self, total: int, *, plain: bool = False, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(quiet=quiet, highlight=False)
+        self.total, self.started, self.first_step = total, time.monotonic(), 0
+        self.live: Live | None = None
+        if self.console.is_terminal and not plain and not quiet:
+            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+
+    def start(self, step: int) -> None:
+        """Begin (or resume) at a step."""
+        self.started, self.first_step = time.monotonic(), step
+        if self.live is not None:
+            self.live.start()
+            self.live.update(Text(f"step {step}/{self.total}"))
+
+    def say(self, text: str) -> None:
+        """A line of our own words."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """The numbers of a step."""
+        elapsed = time.monotonic() - self.started
+        left = elapsed / max(step - self.first_step, 1) * (self.total - step)
+        shown = [(heading, form.format(metrics[name])) for name, heading, form in COLUMNS if name in metrics]
+        if self.live is None:
+            numbers = "  ".join(f"{heading} {value}" for heading, value in shown)
+            self.say(f"step {step:>4}/{self.total}  {numbers}  ETA {spoken(left)}")
+            return
+        table = Table.grid(padding=(0, 2))
+        table.add_row(
+            ProgressBar(total=self.total, completed=step, width=24),
+            Text(f"{step}/{self.total}", style="bold"),
+            *[Text.assemble((f"{heading} ", "dim"), value) for heading, value in shown],
+            Text.assemble(("ETA ", "dim"), spoken(left)),
+        )
+        self.live.update(table)
+
+    def completions(self, title: str, rows: Sequence[tuple[str, str, float]]) -> None:
+        """A few (prompt, completion, score)."""
+        table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, expand=False)
+        table.add_column("score", justify="right", no_wrap=True)
+        table.add_column("prompt → completion", overflow="fold")
+        for prompt, completion, score in rows:
+            text = printable(prompt).copy()
+            text.stylize("dim")
+            table.add_row(Text(f"{score:+.2f}"), text + printable(completion))
+        self.console.print(table)
+
+    def before_after(self, rows: Sequence[tuple[str, str, float, str, float]]) -> None:
+        """The same prompts before and after: (prompt, completion, score, completion, score)."""
+        table = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
+        for heading in ("before", "after"):
+            table.add_column("score", justify="right", no_wrap=True)
+            table.add_column(heading, overflow="fold", ratio=1)
+        for prompt, before, score_before, after, score_after in rows:
+            start = printable(prompt)
+            start.stylize("dim")
+            table.add_row(
+                Text(f"{score_before:+.2f}"),
+                start + printable(before),
+                Text(f"{score_after:+.2f}", style="bold"),
+                start + printable(after),
+            )
+        self.console.print(table)
+
+    def panel(self, title: str, lines: Sequence[str]) -> None:
+        """A closing summary."""
+        self.console.print(Panel(Text("\n".join(lines)), title=title, title_align="left", expand=False))
+
+    def stop(self) -> None:
+        """Leave the live view; safe to call twice."""
+        if self.live is not None:
+            self.live.stop()
+
+
+def percent(x: Any) -> str:
+    """A share as a percentage."""
+    return f"{100 * float(x):.0f} %"

@@ -1,0 +1,259 @@
+"""The reward protocol: several functions, sync or async, weighted into one score per completion.
+
+A reward function is called with keywords, `f(prompts=, completions=, completion_ids=, **dataset_columns)` plus
+`trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`; one without `**kwargs` gets only the names
+that it declares. It returns one float per completion, or None for "cannot judge". TRL reward functions work unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfpg.config import ConfigError, require
+from hfpg.rewards.learned import ClassifierReward
+from hfpg.types import Scores, Text
+
+
+class RewardError(RuntimeError):
+    """A reward function failed or returned something that is no score."""
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A named reward function and the keywords that it takes (None: all)."""
+
+    name: str
+    call: Callable[..., Any]
+    takes: frozenset[str] | None
+    is_async: bool
+
+    @staticmethod
+    def of(spec: Any, tokenizer: Any = None) -> RewardFunction:
+        """From a callable, "file.py:name", "package.module:name", a classifier's folder or Hub id, or a classifier.
+
+        Raises:
+            ConfigError: what is named does not exist, or is neither callable nor a sequence classifier.
+        """
+        if isinstance(spec, str):
+            spec = import_function(spec) if ":" in spec else ClassifierReward(spec, tokenizer)
+        elif isinstance(spec, torch.nn.Module) and hasattr(spec, "config"):
+            spec = ClassifierReward(spec, tokenizer)
+        require(
+            callable(spec), f"the reward {spec!r:.60} is not callable; give a function, 'file.py:name' or a classifier"
+        )
+        name = str(getattr(spec, "name", None) or getattr(spec, "__name__", type(spec).__name__))
+        parameters = inspect.signature(spec).parameters.values()
+        everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        takes = None if everything else frozenset(p.name for p in parameters)
+        target = spec if inspect.isroutine(spec) else type(spec).__call__
+        return RewardFunction(name, spec, takes, inspect.iscoroutinefunction(target))
+
+    def arguments(self, everything: dict[str, Any]) -> dict[str, Any]:
+        """Copies of the arguments that this function takes: what it does to them stays with it."""
+        taken = {k: v for k, v in everything.items() if self.takes is None or k in self.takes}
+        return {k: copy.deepcopy(v) if isinstance(v, list) else v for k, v in taken.items()}
+
+
+def import_function(spec: str) -> Any:
+    """The object that "file.py:name" or "package.module:name" names."""
+    where, _, name = spec.rpartition(":")
+    if where.endswith(".py"):
+        path = Path(where)
+        require(path.is_file(), f"reward {spec!r}: there is no file {where}")
+        module_spec = importlib.util.spec_from_file_location(f"hfpg_reward_{path.stem}", path)
+        assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_spec.name] = module
+        module_spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"reward {spec!r}: {error}; use 'file.py:name' or 'package.module:name'") from None
+    names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    require(hasattr(module, name), f"reward {spec!r}: {where} has no {name!r}; it has {names[:8]}")
+    return getattr(module, name)
+
+
+@dataclass
+class Log:
+    """What reward functions say beside the score, during one call of the judge."""
+
+    extra: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """One value per completion, for the completions file."""
+        self.extra[column] = list(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """One number, averaged over calls and ranks, for the metrics."""
+        self.metrics.setdefault(name, []).append(float(value))
+
+
+class Judge:
+    """All reward functions of a run and their weights.
+
+    The score of a completion is Σ w_f s_f over the functions that did not abstain from it; a completion that every
+    function abstained from has score 0 and row weight 0, so it enters no mean and no gradient.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Any,
+        weights: Sequence[float] | None = None,
+        tokenizers: Any = None,
+        device: torch.device | str = "cpu",
+    ):
+        specs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        require(len(specs) > 0, "reward_funcs is empty; give at least one function")
+        own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(specs)
+        require(
+            len(own) == len(specs),
+            f"reward_processing_classes has {len(own)} entries for {len(specs)} rewards; give one each (or None)",
+        )
+        self.functions = [RewardFunction.of(spec, tok) for spec, tok in zip(specs, own, strict=True)]
+        names = [f.name for f in self.functions]
+        if len(set(names)) < len(names):
+            self.functions = [
+                RewardFunction(f"{f.name}_{i}" if names.count(f.name) > 1 else f.name, f.call, f.takes, f.is_async)
+                for i, f in enumerate(self.functions)
+            ]
+        self.weights = [1.0] * len(specs) if weights is None else [float(w) for w in weights]
+        require(
+            len(self.weights) == len(specs),
+            f"reward_weights has {len(self.weights)} entries for {len(specs)} reward functions; give one each",
+        )
+        for function in self.functions:
+            if isinstance(function.call, ClassifierReward):
+                function.call.to(device)
+
+    @property
+    def names(self) -> list[str]:
+        """The functions' names, in order; two of the same name are numbered."""
+        return [f.name for f in self.functions]
+
+    def dry_call(self, prompts: list[Text], completion_ids: list[list[int]], columns: dict[str, list]) -> None:
+        """Call every function on a few real rows with made-up completions, before the policy is loaded.
+
+        Raises:
+            ConfigError: a signature that does not fit the columns, an exception, or a result that is no score.
+        """
+        words = ["good", "a fine answer"]
+        completions = [
+            words[i % 2] if isinstance(p, str) else [{"role": "assistant", "content": words[i % 2]}]
+            for i, p in enumerate(prompts)
+        ]
+        given = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        given.update(trainer_state=None, log_extra=Log().log_extra, log_metric=Log().log_metric)
+        for function in self.functions:
+            try:
+                inspect.signature(function.call).bind(**function.arguments(given))
+            except TypeError as error:
+                raise ConfigError(
+                    f"reward function {function.name!r} does not fit: {error}; it is called with the keywords "
+                    f"{sorted(given)} (the data set's columns are {sorted(columns)})"
+                ) from None
+        try:
+            self(prompts, completions, completion_ids, columns)
+        except RewardError as error:
+            raise ConfigError(f"{error} (in a dry call on {len(prompts)} rows, before training)") from error
+
+    def __call__(
+        self,
+        prompts: list[Text],
+        completions: list[Text],
+        completion_ids: list[list[int]],
+        columns: dict[str, list],
+        trainer_state: Any = None,
+        log: Log | None = None,
+    ) -> Scores:
+        """Scores of B completions.
+
+        Raises:
+            RewardError: an exception in a function, a wrong number of scores, NaN, inf, or no number.
+        """
+        log = Log() if log is None else log
+        everything = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        everything.update(trainer_state=trainer_state, log_extra=log.log_extra, log_metric=log.log_metric)
+        outputs = _run_all(self.functions, everything)
+        table = {
+            f.name: checked(f.name, output, completions) for f, output in zip(self.functions, outputs, strict=True)
+        }
+        scores, weights = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+        for values, weight in zip(table.values(), self.weights, strict=True):
+            for i, value in enumerate(values):
+                if value is not None:
+                    scores[i] += weight * value
+                    weights[i] = 1.0
+        return Scores(scores=scores, weights=weights, by_function=table, extra=log.extra)
+
+
+def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
+    """Every function's result, in order; the async ones run concurrently."""
+
+    def named(function: RewardFunction, error: Exception) -> RewardError:
+        return RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {error}")
+
+    async def one(function: RewardFunction) -> Any:
+        try:
+            return await function.call(**function.arguments(everything))
+        except Exception as error:
+            raise named(function, error) from error
+
+    async def concurrently(waiting: Sequence[RewardFunction]) -> list[Any]:
+        return await asyncio.gather(*map(one, waiting))
+
+    slow = [f for f in functions if f.is_async]
+    # a thread of its own: a notebook has an event loop running already in this one
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: asyncio.run(concurrently(slow))) if slow else None
+        results: dict[str, Any] = {}
+        for function in functions:
+            if not function.is_async:
+                try:
+                    results[function.name] = function.call(**function.arguments(everything))
+                except Exception as error:
+                    raise named(function, error) from error
+        if future is not None:
+            results.update(zip((f.name for f in slow), future.result(), strict=True))
+    return [results[f.name] for f in functions]
+
+
+def checked(name: str, output: Any, completions: Sequence[Text]) -> list[float | None]:
+    """The scores as floats, or RewardError: function, sample, what was seen."""
+    if isinstance(output, torch.Tensor) or hasattr(output, "tolist"):
+        output = output.tolist()
+    if not isinstance(output, list | tuple):
+        raise RewardError(
+            f"reward function {name!r} returned {output!r:.60}; it must return a list of {len(completions)} floats, "
+            "one per completion (None: cannot judge)"
+        )
+    if len(output) != len(completions):
+        raise RewardError(
+            f"reward function {name!r} returned {len(output)} scores for {len(completions)} completions; it must "
+            "return one per completion (None: cannot judge)"
+        )
+    scores: list[float | None] = []
+    for i, value in enumerate(output):
+        number = value.item() if hasattr(value, "item") else value
+        if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+            raise RewardError(
+                f"reward function {name!r} returned {number!r} for sample {i} ({str(completions[i])[:80]!r}); a score "
+                "is a finite number, or None for 'cannot judge'"
+            )
+        scores.append(None if number is None else float(number))
+    return scores

@@ -1,0 +1,143 @@
+"""The nouns. Data changes type at each stage: Prompts → Samples → Scores → Rollout → Estimates.
+
+Letters used for shapes everywhere: B sequences (rows), P prompt tokens (left-padded), C completion tokens
+(right-padded), T = P + C, K samples per prompt, V vocabulary, H hidden.
+
+Every class is frozen; an optional field is absent by the algorithm's or the engine's choice, never "filled later".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+Text = str | list[dict[str, Any]]
+"""A prompt or a completion as a person wrote it: a string, or a conversation (list of role/content messages)."""
+
+R = TypeVar("R", bound="Rows")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Base of the dataclasses whose every field has one entry per row: tensors [B, …] and lists of length B."""
+
+    def take(self: R, rows: Int[Tensor, " N"]) -> R:
+        """The given rows, in the given order."""
+        picked: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                picked[field.name] = value[rows.to(value.device)]
+            elif isinstance(value, dict):
+                picked[field.name] = {key: [column[i] for i in rows.tolist()] for key, column in value.items()}
+            elif isinstance(value, list):
+                picked[field.name] = [value[i] for i in rows.tolist()]
+            else:
+                picked[field.name] = value
+        return type(self)(**picked)
+
+    def to(self: R, device: torch.device | str) -> R:
+        """The same rows with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return type(self)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+@dataclass(frozen=True)
+class Prompts(Rows):
+    """Left-padded prompts, one row per sample to draw (a prompt with K samples stands in K consecutive rows)."""
+
+    ids: Int[Tensor, "B P"]
+    mask: Bool[Tensor, "B P"]
+    sample_ids: Int[Tensor, " B"]  # unique in a run: the key of the row's random numbers
+    group_ids: Int[Tensor, " B"]  # the same for the K samples of one prompt
+    texts: list[Text]
+    columns: dict[str, list]  # the data set's other columns, for the judge
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Samples(Rows):
+    """What the behaviour policy μ did: prompts and the completions it drew."""
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    completion_ids: Int[Tensor, "B C"]
+    completion_mask: Bool[Tensor, "B C"]  # True where the policy chose the token: EOS yes, padding no
+    finished: Bool[Tensor, " B"]  # ended by a stop token or string; False: cut by the length limit
+    sample_ids: Int[Tensor, " B"]
+    group_ids: Int[Tensor, " B"]
+    sampler_logprobs: Float[Tensor, "B C"] | None = None  # what the engine says of μ
+    kept: UInt8[Tensor, "B C bytes"] | None = None  # top-k / top-p: the support fixed at sampling, V bits packed
+
+    def __len__(self) -> int:
+        return self.completion_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Scores(Rows):
+    """What the judge said: one score per completion, and 0 weight where nobody could say."""
+
+    scores: Float[Tensor, " B"]
+    weights: Float[Tensor, " B"]  # 1, or 0 for a sample that every reward function abstained from
+    by_function: dict[str, list[float | None]]
+    extra: dict[str, list]  # what reward functions logged per completion (`log_extra`)
+
+
+@dataclass(frozen=True)
+class Rollout(Rows):
+    """Everything one update needs; after `rescore` every rank holds all rows, in sample-id order."""
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    completion_ids: Int[Tensor, "B C"]
+    completion_mask: Bool[Tensor, "B C"]
+    finished: Bool[Tensor, " B"]
+    sample_ids: Int[Tensor, " B"]
+    group_ids: Int[Tensor, " B"]
+    scores: Float[Tensor, " B"]
+    weights: Float[Tensor, " B"]
+    old_logprobs: Float[Tensor, "B C"]
+    entropy: Float[Tensor, "B C"]
+    ref_logprobs: Float[Tensor, "B C"] | None = None
+    values: Float[Tensor, "B C"] | None = None  # V(s_t): the value *before* token t
+    sampler_logprobs: Float[Tensor, "B C"] | None = None
+    kept: UInt8[Tensor, "B C bytes"] | None = None
+
+    def __len__(self) -> int:
+        return self.completion_ids.shape[0]
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        """Real tokens per row, prompt and completion: what a forward pass costs."""
+        return self.prompt_mask.sum(1) + self.completion_mask.sum(1)
+
+
+@dataclass(frozen=True)
+class Estimates(Rows):
+    """Credit: advantages, and returns for the critic where there is one."""
+
+    advantages: Float[Tensor, "B C"]
+    returns: Float[Tensor, "B C"] | None = None
+
+
+class Scored(NamedTuple):
+    """What one forward pass of ActorCritic says of given completions, each [B, C] and 0 outside the mask."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    values: Tensor | None
+
+
+class TokenLoss(NamedTuple):
+    """An algorithm's loss per token, unreduced [B, C], and per-token quantities to report as token means."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
