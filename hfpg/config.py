@@ -7,11 +7,12 @@ of flags. A field that exists in `transformers.TrainingArguments` has its name a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -192,13 +193,18 @@ def _as_flags(name: str, value: Any, where: str) -> list[str]:
 
 
 def parse(
-    classes: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+    classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    defaults: Callable[[Any], dict[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """One instance of each dataclass from `--config FILE.yaml` and flags; flags win over the file.
 
     Args:
         classes: dataclasses with disjoint field names, such as `(ScriptArguments, PPO, TrainConfig)`.
         argv: command-line words; default: those of this process.
+        description: the first lines of `--help`.
+        defaults: given the first class's instance, values that file and flags win over: a recipe's own defaults.
     Raises:
         ConfigError: a name that two classes share, an unknown key or flag (all of them at once, each with the
             nearest known name), a value of the wrong type.
@@ -212,25 +218,43 @@ def parse(
     parser = _Parser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", default=None, help="YAML file with any of these fields; flags win over it.")
     path = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])[0].config
-    words: list[str] = []
-    if path is not None:
-        found = read_yaml(path)
-        unknown = [
-            f"{path}:{line}: unknown key {name!r}{nearest(name, list(owner))}"
-            for name, (_, line) in found.items()
-            if name not in owner
-        ]
-        require(not unknown, "\n".join(unknown))
-        for name, (value, line) in found.items():
-            words += _as_flags(name, value, f"{path}:{line}")
-    namespace, rest = parser.parse_known_args(words + argv)
+    words = [] if path is None else _yaml_as_flags(path, list(owner))
+    made = _build(parser, classes, words + argv)
+    if defaults is not None:
+        first = [word for name, value in defaults(made[0]).items() for word in _as_flags(name, value, "defaults")]
+        made = _build(parser, classes, first + words + argv)
+    return made
+
+
+def _yaml_as_flags(path: str, known: Sequence[str]) -> list[str]:
+    found = read_yaml(path)
+    unknown = [
+        f"{path}:{line}: unknown key {name!r}{nearest(name, known)}"
+        for name, (_, line) in found.items()
+        if name not in known
+    ]
+    require(not unknown, "\n".join(unknown))
+    return [w for name, (value, line) in found.items() for w in _as_flags(name, value, f"{path}:{line}")]
+
+
+def _build(parser: HfArgumentParser, classes: Sequence[type], words: Sequence[str]) -> tuple[Any, ...]:
+    namespace, rest = parser.parse_known_args(words)
+    known = [f"--{f.name}" for cls in classes for f in dataclasses.fields(cls)]
     flags = [word for word in rest if word.startswith("--")] or rest
-    require(
-        not rest, "\n".join(f"unknown flag {w!r}{nearest(w.split('=')[0], ['--' + n for n in owner])}" for w in flags)
-    )
+    require(not rest, "\n".join(f"unknown flag {w!r}{nearest(w.split('=')[0], known)}" for w in flags))
     return tuple(
         cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls) if f.init}) for cls in classes
     )
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """For scripts: a ConfigError ends the program with its sentence and exit status 2, without a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
 
 
 class _Parser(HfArgumentParser):

@@ -177,6 +177,8 @@ class Learner:
                 token = loss(new, part, credit)
                 weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
                 total = weighted.sum()
+                # a loss may leave an output out, but DDP waits for the gradient of every parameter
+                total = total + sum(0 * x.sum() for x in (new.logprobs, new.values) if x is not None)
                 self.accelerator.backward(total * world)  # DDP takes the mean over ranks; the sum is wanted
             if not last:
                 self.on_event("on_substep_end")

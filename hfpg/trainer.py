@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,6 +125,7 @@ class PolicyGradientTrainer:
         self.evaluations: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self._timer: dict[str, float] = {}
+        self.seconds = 0.0  # spent in the loop
         self._logged: dict[str, float] = {}
         self._saved_step = -1
         self._updating = False
@@ -266,6 +268,7 @@ class PolicyGradientTrainer:
         tokens = int(rollout.completion_mask.sum())
         self.state.num_input_tokens_seen += tokens
         seconds = sum(self._timer.values())
+        self.seconds += seconds
         times = {f"seconds/{name}": value for name, value in self._timer.items()}
         self._timer = {}
         metrics.update(describe(rollout, by_function), **self._logged, **times)
@@ -337,7 +340,7 @@ class PolicyGradientTrainer:
         rotate(self.output_dir, self.args.save_total_limit)
         return path
 
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
+    def save_model(self, output_dir: str | Path | None = None, *, repo_id: str | None = None) -> Path:
         """A plain Hugging Face folder of the policy (or adapter), its tokenizer, the value head, and a model card.
 
         Default: the run's output_dir. It loads with `AutoModelForCausalLM.from_pretrained` and `pipeline`.
@@ -346,29 +349,31 @@ class PolicyGradientTrainer:
         if self.accelerator.is_main_process:
             save_actor_critic(self.learner.actor, folder)
             self.processing_class.save_pretrained(folder)
-            (folder / "README.md").write_text(self.model_card(), encoding="utf-8")
+            (folder / "README.md").write_text(self.model_card(repo_id), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         return folder
 
-    def model_card(self) -> str:
+    def model_card(self, repo_id: str | None = None) -> str:
         """The card, written from what was measured: the first and the last evaluation, and the run's settings."""
         first, last = (self.evaluations[i]["metrics"] if self.evaluations else {} for i in (0, -1))
-        policy = self.learner.actor.policy
+        found = versions()
         return model_card(
             CardFacts(
-                model_name=self.output_dir.name,
-                base_model=self.model_name or None,
-                is_adapter=is_peft(policy),
+                model_name=repo_id or self.output_dir.name,
+                base_model=None if Path(self.model_name).exists() else self.model_name,
+                is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
                 algorithm_fields=dataclasses.asdict(self.algorithm),
                 rewards=self.judge.names,
                 steps=self.state.global_step,
                 seed=self.args.seed,
-                metrics={n: (first[n], last[n]) for n in last if len(self.evaluations) > 1},
+                metrics={name: (first[name], last[name]) for name in last if len(self.evaluations) > 1},
                 eval_prompts=None if self.eval_data is None else len(self.eval_data),
                 config=self.args.to_dict(),
-                versions=versions(),
-                hfpg_version=versions()["hfpg"],
+                versions=found,
+                hfpg_version=found["hfpg"],
+                command=" ".join(sys.argv),
+                seconds=self.seconds,
                 value_head=self.learner.actor.value_kind,
             )
         )
@@ -376,18 +381,43 @@ class PolicyGradientTrainer:
     def push_to_hub(
         self, repo_id: str | None = None, *, private: bool | None = None, revision: str | None = None
     ) -> str:
-        """Save the model and push it in one commit; returns the address. What is pushed: see `hfpg.hub`."""
+        """Save the model and push it in one commit; returns the address. What is pushed: see `hfpg.hub`.
+
+        Raises:
+            HubError: no login, a bad name, a Hub that does not answer. The saved folder is intact; push again later.
+        """
         repo = repo_id or self.args.hub_model_id
         require(repo is not None, "push_to_hub needs a repository, such as trainer.push_to_hub('me/gpt2-positive')")
         assert repo is not None
-        folder = self.save_model(self.output_dir / "final")
+        folder = self.save_model(self.output_dir / "final", repo_id=repo)
         self.events.fire("on_push_begin")
         private = self.args.hub_private_repo if private is None else private
-        url = ""
+        url, error = "", None
         if self.accelerator.is_main_process:
-            url = hub.push_folder(folder, repo, private=private, revision=revision)
-        self.accelerator.wait_for_everyone()
+            try:
+                url = hub.push_folder(folder, repo, private=private, revision=revision)
+            except hub.HubError as failure:
+                error = failure
+        raise_together(self.accelerator, error)
         return url
+
+    def summary(self, saved: Path, shown: int = 6) -> None:
+        """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
+        first, last = self.evaluations[0], self.evaluations[-1]
+        pairs = list(zip(first["shown"], last["shown"], strict=True))[:shown]
+        self.terminal.before_after([(p, b, s, a, t) for (p, b, s), (_, a, t) in pairs])
+        names = [n for n in first["metrics"] if n.startswith("eval_scores/")]
+        names += [f"eval_{n}" for n in ("kl_to_ref", "length", "entropy", "distinct_2", "top_bigram_share")]
+        rows = [
+            (n.removeprefix("eval_"), first["metrics"][n], last["metrics"][n]) for n in names if n in last["metrics"]
+        ]
+        self.terminal.panel(
+            f"{len(first['shown'])} held-out prompts, before → after {last['step']} steps",
+            [f"{name:<18}{before:+8.3f}  →  {after:+8.3f}   ({after - before:+.3f})" for name, before, after in rows],
+        )
+        self.terminal.say(f"\nThe tuned model, its tokenizer and the value head are in {saved}; it loads with")
+        self.terminal.say(f'  pipeline("text-generation", model="{saved}")')
+        self.terminal.say(f"Numbers, completions and checkpoints are in {self.output_dir}.")
 
     # ── around the loop ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -53,7 +53,7 @@ def uniforms(keys: Int[Tensor, " B"], n: int) -> Float[Tensor, "B n"]:
 def permutation(n: int, seed: int, purpose: str, *counters: int) -> Int[Tensor, " n"]:
     """A permutation of 0 … n−1 (on the CPU), a pure function of its arguments."""
     bits = mix(torch.arange(n) ^ key(seed, purpose, *counters))
-    return torch.argsort(mix(bits ^ key(seed, purpose, "second pass", *counters)), stable=True)  # type: ignore[arg-type]
+    return torch.argsort(mix(bits ^ key(seed, f"{purpose}, second pass", *counters)), stable=True)
 
 
 def gumbel(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

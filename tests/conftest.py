@@ -1,0 +1,33 @@
+"""Set up before hfpg is imported: no Hub, few threads, and shape checks on every jaxtyping annotation."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import jaxtyping
+
+
+jaxtyping.install_import_hook(["hfpg.ops", "hfpg.types", "hfpg.models"], "beartype.beartype")
+
+import pytest
+import torch
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_fresh_state():
+    """Each test starts with one thread and without another test's Accelerator."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    GradientState._reset_state()

@@ -1,0 +1,86 @@
+"""What each process of the two-process tests runs: `worker.py OUT`. Rank 0 writes OUT."""
+
+import sys
+
+import torch
+
+from hfpg.algorithms import PPO
+from hfpg.types import TokenLoss
+from tests import build, tiny
+
+
+def key_bias(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """True for GPT-2's key biases, the middle third of c_attn.bias."""
+    flat = torch.zeros(parameter.numel(), dtype=torch.bool)
+    if name.endswith("c_attn.bias"):
+        flat[parameter.numel() // 3 : 2 * parameter.numel() // 3] = True
+    return flat
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    model = tiny.model("gpt2")
+    trainer = build.trainer(
+        out + ".run",
+        model=model,
+        algorithm=PPO(epochs=2, minibatches=1, kl_coef=0.05),
+        train_dataset=tiny.rows(200, longest=9),
+        prompts_per_step=10,
+        max_steps=5,
+        max_completion_length=12,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        max_tokens_per_micro_batch=64,
+        overwrite_output_dir=True,
+    )
+    result = {"world": trainer.accelerator.num_processes, "tokens": [], "scores": []}
+
+    # one gradient, before clipping
+    rollout = trainer.rescore(*trainer.collect())
+    rewards = torch.randn(rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(1))
+    credit, _ = trainer.algorithm.estimate(rollout, rewards * rollout.completion_mask, trainer.algorithm_state)
+    trainer.learner.gradient(rollout, credit, trainer.algorithm.loss, "token_mean")
+    parameters = list(trainer.learner.actor.parameters())
+    result["gradient"] = torch.cat([p.grad.flatten() for p in parameters])
+    trainer.learner.optimizer.zero_grad()
+
+    # a minibatch with fewer rows than processes: the other rank takes part with nothing
+    one = torch.tensor([3])
+    trainer.learner.gradient(
+        rollout.take(one), credit.take(one), lambda new, rows, c: TokenLoss(new.logprobs, {}), "sequence_sum"
+    )
+    result["one_row"] = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    trainer.learner.optimizer.zero_grad()
+
+    # more than 100,000 sampled tokens, prompts of different lengths
+    trainer.generator.max_tokens = 1 << 15
+    trainer.generator.max_completion_length, trainer.generator.stop_token_ids = 64, []
+    data = trainer.train_data
+    rows = [i % len(data) for i in range(1700)]
+    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    mine = range(1700 * rank // world, 1700 * (rank + 1) // world)
+    ids = torch.arange(mine.start, mine.stop) + 10**6
+    samples, texts, columns = trainer.sample(data, [rows[i] for i in mine], ids)
+    gathered = trainer.rescore(samples, trainer.judge_samples(samples, texts, columns))
+    result["many"] = gathered.completion_ids
+    trainer.generator.max_completion_length, trainer.generator.stop_token_ids = 12, None
+
+    # ten AdamW steps
+    def keep(scores, rollout, metrics):
+        result["tokens"].append(rollout.completion_ids)
+        result["scores"].append(rollout.scores)
+
+    trainer.report = keep
+    trainer.train()
+    trainer.evaluate(tiny.rows(7))
+    result["evaluation"] = trainer.evaluations[-1]["metrics"]
+    result["key_bias"] = torch.cat([key_bias(n, p) for n, p in trainer.learner.actor.named_parameters()])
+    result["parameters"] = torch.cat([p.detach().flatten() for p in parameters])
+    if trainer.accelerator.is_main_process:
+        torch.save(result, out)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

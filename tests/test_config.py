@@ -1,0 +1,269 @@
+"""Settings: YAML first, then flags; every wrong one is named with the rule and a value that works."""
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hfpg
+from hfpg.algorithms import PPO, Reinforce
+from hfpg.config import ConfigError, TrainConfig, field, parse
+
+
+@dataclasses.dataclass(kw_only=True)
+class Script:
+    """Arguments of a script: one that must be given, and one list of numbers."""
+
+    model: str = dataclasses.field(metadata={"help": "The model."})
+    betas: list[float] = field([], "Numbers.")
+
+
+def write(folder: Path, text: str | bytes) -> str:
+    path = folder / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def read(folder: Path, text: str | bytes, *flags: str) -> TrainConfig:
+    """TrainConfig from a YAML text and flags."""
+    return parse((TrainConfig,), ["--config", write(folder, text), *flags])[0]
+
+
+def refusal(folder: Path, text: str | bytes, *flags: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(folder, text, *flags)
+    return str(caught.value)
+
+
+# ── values
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path):
+    config = read(tmp_path, "max_steps: 7\nseed: 3\n", "--seed", "5", "--run_name=x")
+    assert (config.max_steps, config.seed, config.run_name) == (7, 5, "x")
+    assert config.prompts_per_step == TrainConfig().prompts_per_step
+
+
+def test_several_classes_share_one_namespace(tmp_path: Path):
+    path = write(tmp_path, "clip_range: 0.1\nmax_steps: 4\nbetas: [-1.5, 2]\nmodel: gpt2\n")
+    script, ppo, config = parse((Script, PPO, TrainConfig), ["--config", path, "--kl_coef", "0"])
+    assert (ppo.clip_range, ppo.kl_coef, config.max_steps, script.betas) == (0.1, 0.0, 4, [-1.5, 2.0])
+    assert script.model == "gpt2"  # a field without a default may stand in the file
+
+
+@pytest.mark.parametrize("text", ["1e-5", "0.00001", "1.0e-05", "'1e-5'"])
+def test_numbers_are_read_as_people_write_them(tmp_path: Path, text: str):
+    """YAML 1.1 takes 1e-5 for a string."""
+    assert read(tmp_path, f"learning_rate: {text}\n").learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("no", False), ("'yes'", True), ("0", False)])
+def test_booleans(tmp_path: Path, text: str, value: bool):
+    assert read(tmp_path, f"bf16: {text}\n").bf16 is value
+
+
+def test_a_boolean_flag_may_stand_alone():
+    assert parse((TrainConfig,), ["--disable_tqdm"])[0].disable_tqdm is True
+    assert parse((TrainConfig,), ["--disable_tqdm", "false"])[0].disable_tqdm is False
+
+
+def test_null_is_the_default_and_one_value_is_a_list_of_one(tmp_path: Path):
+    config = read(tmp_path, "output_dir: null\nreport_to: tensorboard\nstop_token_ids: [3, 5]\n")
+    assert config.output_dir is None and config.report_to == ["tensorboard"] and config.stop_token_ids == [3, 5]
+
+
+@pytest.mark.parametrize("text", ["['--', '-end']", "['=', 'a b', '']"])
+def test_strings_in_a_list_stay_as_written(tmp_path: Path, text: str):
+    """Also those that look like flags: `--` ends many a signature."""
+    assert read(tmp_path, f"stop_strings: {text}\n").stop_strings == ast.literal_eval(text)
+
+
+@pytest.mark.parametrize("text", ["--x", "a=b", "-1", "two words"])
+def test_a_string_stays_as_written(tmp_path: Path, text: str):
+    assert read(tmp_path, f"run_name: '{text}'\n").run_name == text
+
+
+def test_a_mapping_field_is_yaml_in_the_file_and_json_as_a_flag(tmp_path: Path):
+    assert read(tmp_path, "generation_kwargs: {use_cache: true}\n").generation_kwargs == {"use_cache": True}
+    config = parse((TrainConfig,), ["--generation_kwargs", '{"use_cache": false}'])[0]
+    assert config.generation_kwargs == {"use_cache": False}
+
+
+def test_defaults_are_not_shared():
+    one, other = TrainConfig(), TrainConfig()
+    one.report_to.append("wandb")
+    assert other.report_to == ["none"]
+
+
+def test_to_dict_gives_back_the_same_config():
+    config = TrainConfig(max_steps=3, stop_strings=["x"])
+    assert TrainConfig(**config.to_dict()) == config
+
+
+# ── refusals
+
+
+def test_all_unknown_keys_are_named_at_once_with_line_and_nearest(tmp_path: Path):
+    message = refusal(tmp_path, "seed: 1\nlearning_rat: 1\n\nzzz: 2\n")
+    path = tmp_path / "run.yaml"
+    assert message.splitlines() == [
+        f"{path}:2: unknown key 'learning_rat'; did you mean 'learning_rate'?",
+        f"{path}:4: unknown key 'zzz'",
+    ]
+
+
+def test_all_unknown_flags_are_named_at_once_with_nearest():
+    with pytest.raises(ConfigError) as caught:
+        parse((TrainConfig,), ["--learning_rat", "0.1", "--seeed=3"])
+    assert str(caught.value).splitlines() == [
+        "unknown flag '--learning_rat'; did you mean '--learning_rate'?",
+        "unknown flag '--seeed=3'; did you mean '--seed'?",
+    ]
+    with pytest.raises(ConfigError, match="unknown flag '--learn'"):  # no abbreviations: they break with new fields
+        parse((TrainConfig,), ["--learn", "0.1"])
+
+
+def test_a_key_that_stands_twice(tmp_path: Path):
+    message = refusal(tmp_path, "seed: 1\nmax_steps: 3\nseed: 2\n")
+    assert message == f"{tmp_path / 'run.yaml'}:3: key 'seed' stands twice; keep one"
+
+
+@pytest.mark.parametrize("text", ["- seed\n- 1\n", "seed\n", "", "# nothing\n"])
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str):
+    assert f"{tmp_path / 'run.yaml'}:1: expected lines of the form `key: value`, found" in refusal(tmp_path, text)
+
+
+def test_a_file_that_is_no_yaml_names_the_line(tmp_path: Path):
+    assert f"{tmp_path / 'run.yaml'}:2: not valid YAML: " in refusal(tmp_path, "seed: 1\n\tmax_steps: 3\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"run_name: \xe9\n",  # Latin-1
+        b"run_name: 'a\x00b'\n",  # a control character
+        b"seed: !!python/object:os.system {}\n",
+        b"? [a, b]\n: 1\n",
+        b"run_name: 2024-13-45\n",  # looks like a date
+    ],
+    ids=["bytes", "control", "tag", "list-key", "date"],
+)
+def test_whatever_stands_in_the_file_the_answer_names_it(tmp_path: Path, text: bytes):
+    try:
+        assert read(tmp_path, text).run_name == "2024-13-45"
+    except ConfigError as error:
+        assert "run.yaml" in str(error)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read the config file .*no.yaml: No such file"):
+        parse((TrainConfig,), ["--config", str(tmp_path / "no.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rate: abc", ["learning_rate", "float", "abc"]),
+        ("max_steps: 1.5", ["max_steps", "int", "1.5"]),
+        ("bf16: maybe", ["bf16", "maybe"]),
+        ("overlong_prompts: cut", ["overlong_prompts", "cut", "truncate", "drop"]),
+        ("generation_kwargs: 3", ["generation_kwargs", "3"]),
+        ("max_steps: [1, 2]", ["max_steps"]),
+        ("stop_strings: [[a]]", ["stop_strings", "flat list"]),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_the_field(tmp_path: Path, text: str, words: list[str]):
+    message = refusal(tmp_path, text + "\n")
+    assert all(word in message for word in words), message
+
+
+def test_a_flag_of_the_wrong_type_names_the_field():
+    with pytest.raises(ConfigError, match="argument --seed.*'x'"):
+        parse((TrainConfig,), ["--seed", "x"])
+    with pytest.raises(ConfigError, match="argument --generation_kwargs.*{'a'"):
+        parse((TrainConfig,), ["--generation_kwargs", "{'a': 1}"])
+
+
+def test_a_field_that_two_classes_share_is_refused():
+    @dataclasses.dataclass
+    class Other:
+        seed: int = 0
+
+    with pytest.raises(ConfigError, match="field 'seed' stands in .*TrainConfig.* and in .*Other"):
+        parse((TrainConfig, Other), [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"prompts_per_step": 0}, "prompts_per_step=0 must be at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length=0 must be at least 1"),
+        ({"max_tokens_per_micro_batch": -1}, "max_tokens_per_micro_batch=-1 must be at least 1"),
+        (
+            {"temperature": 0.0},
+            "temperature=0.0: a policy gradient needs a random policy; use a value above 0, like 1.0",
+        ),
+        ({"temperature": float("nan")}, "temperature=nan: a policy gradient needs a random policy"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1 (1: no cut)"),
+        ({"top_p": 1.1}, "top_p=1.1 must be above 0 and at most 1 (1: no cut)"),
+        ({"top_k": -1}, "top_k=-1 must be 0 (no cut) or more"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0, such as 1.0"),
+        ({"learning_rate": -1e-5}, "learning_rate=-1e-05 must not be negative"),
+        ({"logging_steps": 0}, "logging_steps=0 must be at least 1"),
+        ({"eval_steps": -1}, "eval_steps=-1 must be 0 (off) or more"),
+        ({"save_steps": -1}, "save_steps=-1 must be 0 (off) or more"),
+        ({"completions_steps": -1}, "completions_steps=-1 must be 0 (off) or more"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 (off) or more"),
+        ({"save_total_limit": 0}, "save_total_limit=0 must be at least 1, or absent to keep all"),
+        ({"push_to_hub": True}, "push_to_hub=True needs hub_model_id, such as 'me/gpt2-positive'"),
+    ],
+)
+def test_a_setting_that_cannot_be_says_why(changes: dict, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**changes)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_the_edges_that_are_allowed():
+    TrainConfig(top_p=1.0, top_k=0, learning_rate=0.0, save_steps=0, eval_steps=0, completions_steps=0)
+    TrainConfig(push_to_hub=True, hub_model_id="me/x", save_total_limit=1)
+
+
+# ── every field does something
+
+
+def reads(cls: type) -> Iterator[str]:
+    """Names read as `args.NAME`, `config.NAME`, `algorithm.NAME` anywhere, or as `self.NAME` in the class itself,
+    outside of its check of the values."""
+    owners = {"args", "config"} if cls is TrainConfig else {"algorithm"}
+    for path in Path(hfpg.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name != "__post_init__"]
+                for inner in (n for method in methods for n in ast.walk(method)):
+                    if isinstance(inner, ast.Attribute) and getattr(inner.value, "id", "") == "self":
+                        yield inner.attr
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+                owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                if owner in owners:
+                    yield node.attr
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, PPO, Reinforce])
+def test_every_field_is_read_somewhere(cls: type):
+    ignored = {f.name for f in dataclasses.fields(cls)} - set(reads(cls))
+    assert not ignored, f"{cls.__name__} accepts and ignores {sorted(ignored)}"
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, PPO, Reinforce])
+def test_every_field_has_a_help_text(cls: type):
+    assert not [f.name for f in dataclasses.fields(cls) if not f.metadata.get("help")]
+
+
+@pytest.mark.parametrize("cls", [PPO, Reinforce])
+def test_no_name_is_both_a_method_knob_and_a_run_knob(cls: type):
+    assert not {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(TrainConfig)}

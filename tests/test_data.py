@@ -1,0 +1,267 @@
+"""Prompts: every kind of data set in, checked at once; left-padded rows out, in an order that is a pure function."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from hfpg.config import ConfigError
+from hfpg.data import RESERVED_COLUMNS, PromptData, decode_completions, order, read_chat_template, share
+from tests import tiny
+
+
+TEMPLATE = (
+    "<eos> {% for m in messages %}{{ 'ba ' if m.role == 'user' else 'ca ' }}{{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}za{% endif %}"
+)
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": c} for c in contents]
+
+
+def tokenizer_that_adds_bos(**kwargs: Any) -> Any:
+    """A tokenizer that puts <eos> in front of every text, as Llama's puts its BOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tiny.tokenizer(**kwargs)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    return made
+
+
+def refusal(dataset: Any, **settings: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        PromptData(dataset, settings.pop("tokenizer", tiny.tokenizer()), **settings)
+    return str(caught.value)
+
+
+# ── what goes in
+
+
+def test_a_list_and_a_dataset_are_the_same():
+    rows = tiny.rows(9)
+    a, b = (PromptData(d, tiny.tokenizer()) for d in (rows, datasets.Dataset.from_list(rows)))
+    assert a.prompts == b.prompts == [row["prompt"] for row in rows]
+    assert a.columns == b.columns == {"number": list(range(9))}
+    assert a.encoded == b.encoded == tiny.tokenizer()([row["prompt"] for row in rows]).input_ids
+    assert len(a) == 9
+
+
+def test_a_column_that_some_rows_lack_is_none_there():
+    data = PromptData([{"prompt": "aa"}, {"prompt": "ba", "answer": 3}], tiny.tokenizer())
+    assert data.columns == {"answer": [None, 3]}
+
+
+def test_the_prompt_column_can_have_another_name():
+    data = PromptData([{"text": "aa ba", "n": 1}], tiny.tokenizer(), prompt_column="text")
+    assert data.prompts == ["aa ba"] and data.columns == {"n": [1]}
+
+
+def test_the_data_set_and_the_tokenizer_stay_as_they_are(caplog: pytest.LogCaptureFixture):
+    rows, tokenizer = tiny.rows(5), tiny.tokenizer(padding_side="right")
+    before = [dict(row) for row in rows]
+    with caplog.at_level(logging.INFO, "hfpg.data"):
+        data = PromptData(rows, tokenizer)
+    assert "the tokenizer pads on the right; prompts are padded on the left here" in caplog.text
+    assert rows == before and tokenizer.padding_side == "right" and tokenizer.pad_token is None
+    assert not data.rows([0, 4], torch.tensor([0, 1]), 1, "cpu").mask[0, 0]  # padded on the left all the same
+
+
+@pytest.mark.parametrize("kind", ["stream", "generator", "string"])
+def test_what_cannot_be_replayed_is_refused_by_name(kind: str):
+    stream = datasets.Dataset.from_list(tiny.rows(3)).to_iterable_dataset()
+    dataset = {"stream": stream, "generator": (r for r in tiny.rows(3)), "string": "aa"}[kind]
+    message = refusal(dataset)
+    assert message.startswith(f"{type(dataset).__name__} is not supported: its order cannot be replayed")
+    assert "Dataset.from_list(list(stream.take(10_000)))" in message
+
+
+@pytest.mark.parametrize("dataset", [[], (), datasets.Dataset.from_dict({"prompt": []})])
+def test_an_empty_data_set(dataset: Any):
+    assert refusal(dataset) == "the data set is empty; it needs at least prompts_per_step rows"
+
+
+def test_a_row_that_is_no_dict():
+    assert refusal([{"prompt": "aa"}, "ba"]).startswith("row 1 of the data set is 'ba'; expected a dict such as")
+
+
+def test_a_missing_column_names_the_nearest():
+    message = refusal([{"promt": "aa", "x": 1}])
+    assert message.startswith("the data set has no column 'prompt'; it has ['promt', 'x']; did you mean 'promt'?")
+    assert message.endswith("Name it with prompt_column")
+
+
+@pytest.mark.parametrize("name", RESERVED_COLUMNS)
+def test_a_reserved_column_is_refused(name: str):
+    assert refusal([{"prompt": "aa", name: 1}]).startswith(f"column ['{name}'] is reserved")
+
+
+@pytest.mark.parametrize("bad", ["", None, "  \n", []])
+def test_empty_and_missing_prompts_are_named_by_row(bad: Any):
+    rows = [{"prompt": bad if i in (1, 4, 6, 7) else "aa"} for i in range(9)]
+    assert refusal(rows) == "4 prompts are empty or missing (rows [1, 4, 6]); remove these rows"
+
+
+def test_a_prompt_without_any_token_is_as_good_as_empty():
+    """A normalizer may leave nothing of a text that is not blank (a zero-width space, a soft hyphen)."""
+    from tokenizers.normalizers import Replace
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
+    assert "(rows [1])" in refusal([{"prompt": "aa"}, {"prompt": "\u200b"}], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("bad", [3, ["aa", "ba"], [{"content": "no role"}], {"role": "user"}])
+def test_a_prompt_of_another_kind_is_named_by_row(bad: Any):
+    message = refusal([{"prompt": "aa"}, {"prompt": bad}])
+    assert message.startswith("the prompt of row 1 is ") and "expected text, or a list of messages" in message
+
+
+# ── conversations
+
+
+def test_a_conversation_goes_through_the_template_and_ends_where_the_assistant_begins():
+    tokenizer = tokenizer_that_adds_bos()
+    tokenizer.chat_template = TEMPLATE
+    conversation = [*chat("aa da"), {"role": "assistant", "content": "ea"}, *chat("fa")]
+    data = PromptData([{"prompt": conversation}], tokenizer)
+    # one <eos>, written by the template; adding special tokens once more would give two
+    assert tokenizer.convert_ids_to_tokens(data.encoded[0]) == "<eos> ba aa da ca ea ba fa za".split()
+    assert data.prompts == [conversation]
+
+
+def test_a_text_prompt_gets_the_special_tokens_of_its_tokenizer():
+    data = PromptData([{"prompt": "aa ba"}], tokenizer_that_adds_bos())
+    assert data.encoded == [[0, *tiny.tokenizer()("aa ba").input_ids]]
+
+
+def test_a_conversation_in_a_dataset_is_the_same():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rows = [{"prompt": chat("aa")}, {"prompt": chat("ba", "ca")}]
+    a, b = (PromptData(d, tokenizer) for d in (rows, datasets.Dataset.from_list(rows)))
+    assert a.encoded == b.encoded and a.prompts == b.prompts
+
+
+def test_a_conversation_without_a_template_is_refused_and_never_joined():
+    message = refusal([{"prompt": chat("aa")}])
+    assert message.startswith("the prompts are conversations, but the tokenizer has no chat template")
+    assert "--chat_template" in message
+
+
+def test_mixed_kinds_are_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    message = refusal([{"prompt": "aa"}, {"prompt": chat("aa")}, {"prompt": "ba"}], tokenizer=tokenizer)
+    assert message == "1 of 3 prompts are conversations and the others text; use one kind"
+
+
+def test_a_template_file(tmp_path: Path):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    assert read_chat_template(str(tmp_path / "chat.jinja")) == TEMPLATE
+    with pytest.raises(ConfigError, match="chat_template='.*no.jinja' cannot be read: No such file.*Jinja file"):
+        read_chat_template(str(tmp_path / "no.jinja"))
+
+
+# ── length
+
+
+LONG = [{"prompt": "aa ba ca da", "n": 0}, {"prompt": "aa", "n": 1}, {"prompt": "ea fa ga", "n": 2}]
+
+
+def test_prompts_that_are_too_long_raise_with_rows_and_ways_out():
+    message = refusal(LONG, context=10, max_completion_length=8)
+    assert message.startswith("2 prompts have more than 2 tokens (rows [0, 2]; the longest has 4)")
+    assert "overlong_prompts to 'truncate' or 'drop', or a smaller max_completion_length" in message
+
+
+def test_truncate_keeps_the_end(caplog: pytest.LogCaptureFixture):
+    data = PromptData(LONG, tiny.tokenizer(), context=10, max_completion_length=8, overlong="truncate")
+    assert [tiny.tokenizer().decode(ids) for ids in data.encoded] == ["ca da", "aa", "fa ga"]
+    assert "2 prompts have more than 2 tokens" in caplog.text and "beginning is cut" in caplog.text
+
+
+def test_drop_takes_the_whole_row(caplog: pytest.LogCaptureFixture):
+    data = PromptData(LONG, tiny.tokenizer(), context=10, max_completion_length=8, overlong="drop")
+    assert (data.prompts, data.columns, len(data.encoded), len(data)) == (["aa"], {"n": [1]}, 1, 1)
+    assert "2 prompts have more than 2 tokens" in caplog.text and "dropped" in caplog.text
+
+
+def test_a_prompt_that_just_fits_is_left_alone():
+    assert PromptData(LONG, tiny.tokenizer(), context=12, max_completion_length=8).encoded[0]
+    assert PromptData(LONG, tiny.tokenizer(), context=None, max_completion_length=10**6).encoded[0]
+
+
+def test_a_completion_longer_than_the_context():
+    message = refusal(LONG, context=8, max_completion_length=8)
+    assert message == "max_completion_length leaves 0 tokens of the context for the prompt; choose a shorter one"
+
+
+# ── what comes out
+
+
+def test_rows_are_left_padded_by_mask_and_repeated_for_each_sample():
+    data = PromptData(LONG, tiny.tokenizer())
+    prompts = data.rows([2, 1], torch.tensor([40, 41, 42, 43]), 2, "cpu")
+    assert prompts.mask.tolist() == [[True] * 3] * 2 + [[False, False, True]] * 2
+    for row, i in enumerate([2, 2, 1, 1]):
+        assert prompts.ids[row][prompts.mask[row]].tolist() == data.encoded[i]
+    assert prompts.sample_ids.tolist() == [40, 41, 42, 43] and prompts.group_ids.tolist() == [40, 40, 42, 42]
+    assert prompts.texts == ["ea fa ga"] * 2 + ["aa"] * 2 and prompts.columns == {"n": [2, 2, 1, 1]}
+    assert len(prompts) == 4
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>", "<unk>"])
+def test_the_mask_does_not_depend_on_the_pad_token(pad: str | None):
+    """A prompt may hold the pad token: masks come from positions."""
+    tokenizer = tiny.tokenizer(pad_token=pad) if pad else tiny.tokenizer()
+    prompts = PromptData([{"prompt": "<eos> aa <unk>"}, {"prompt": "aa"}], tokenizer).rows(
+        [0, 1], torch.tensor([0, 1]), 1, "cpu"
+    )
+    assert prompts.mask.tolist() == [[True, True, True], [False, False, True]]
+    assert prompts.ids[1, 0] == (tokenizer.pad_token_id or 0)
+
+
+def test_completions_are_decoded_by_mask_into_the_kind_of_their_prompt():
+    ids = tiny.tokenizer()(["aa ba ca", "da ea fa"], return_tensors="pt").input_ids
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert decode_completions(tiny.tokenizer(), ids, mask, ["x", "y"]) == ["aa ba", "da ea fa"]
+    assert decode_completions(tiny.tokenizer(), ids[:1], mask[:1], [chat("x")]) == [
+        [{"role": "assistant", "content": "aa ba"}]
+    ]
+
+
+# ── order
+
+
+def test_each_epoch_holds_every_row_once_and_epochs_differ():
+    epochs = [tuple(order(7 * e, 7, 7, seed=1)) for e in range(20)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) > 15
+    assert order(0, 7, 7, seed=1) != order(0, 7, 7, seed=2)
+
+
+@pytest.mark.parametrize("pieces", [(21,), (5, 5, 5, 6), (1,) * 21, (20, 1)])
+def test_the_position_is_one_integer_also_across_epochs(pieces: tuple[int, ...]):
+    stream = order(3, 21, 7, seed=0)
+    position, found = 3, []
+    for count in pieces:
+        found += order(position, count, 7, seed=0)
+        position += count
+    assert found == stream
+    assert sorted(stream[4:11]) == list(range(7))  # the epoch that begins at position 7
+
+
+def test_more_than_one_epoch_in_one_step():
+    assert sorted(order(0, 9, 3, seed=0)) == sorted(list(range(3)) * 3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_partition_the_prompts(count: int, world: int):
+    parts = [share(count, rank, world) for rank in range(world)]
+    assert [i for part in parts for i in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -1,0 +1,141 @@
+"""The gradient does not depend on how the work is cut: micro-batches, token budgets, processes."""
+
+import copy
+
+import pytest
+import torch
+
+from hfpg.learner import balance, micro_batches, parameter_groups
+from hfpg.models import ActorCritic
+from hfpg.algorithms import PPO
+from hfpg.types import TokenLoss
+from hfpg.config import TrainConfig
+from tests import build, tiny
+
+
+def gradient_of(actor):
+    return torch.cat([p.grad.flatten() for p in actor.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_sum", "token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_gradient_is_the_same_for_every_token_budget(aggregation, kind):
+    start = ActorCritic(tiny.model(kind), "shared")
+    samples = build.draw(start, count=16)
+    assert len(set(samples.completion_mask.sum(1).tolist())) > 2 or kind != "gpt2", "ragged"
+    algorithm, found = PPO(), {}
+    for budget in (1, 40, 100, 100_000):
+        by = build.learner(copy.deepcopy(start), max_tokens_per_micro_batch=budget)
+        rollout, credit = build.rollout_of(samples, by)
+        metrics = by.gradient(rollout, credit, algorithm.loss, aggregation)
+        found[budget] = (gradient_of(by.actor), metrics["loss"])
+    whole, loss = found[100_000]
+    for budget in (1, 40, 100):
+        assert (found[budget][0] - whole).norm() / whole.norm() < 1e-6
+        assert found[budget][1] == pytest.approx(loss, rel=1e-5)
+
+
+def test_gradient_is_that_of_the_plain_padded_formula():
+    """One forward of everything, the definition of the mean, and autograd: no micro-batches, no coefficients."""
+    actor = ActorCritic(tiny.model(), "shared")
+    by = build.learner(actor, max_tokens_per_micro_batch=60)
+    rollout, credit = build.rollout_of(build.draw(actor, count=16), by)
+    by.gradient(rollout, credit, PPO().loss, "token_mean")
+    ours = gradient_of(actor)
+    actor.zero_grad()
+    scored = actor(rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask)
+    loss = PPO().loss(scored, rollout, credit).loss
+    (loss[rollout.completion_mask].sum() / rollout.completion_mask.sum()).backward()
+    assert (gradient_of(actor) - ours).norm() / ours.norm() < 1e-6
+
+
+def test_rows_of_weight_zero_have_no_influence():
+    actor = ActorCritic(tiny.model())
+    by = build.learner(actor)
+    rollout, credit = build.rollout_of(build.draw(actor, count=8), by)
+    rollout.weights[5:] = 0
+    loss = lambda new, rows, c: TokenLoss(-c.advantages * new.logprobs, {})  # noqa: E731
+    by.gradient(rollout, credit, loss, "sequence_mean")
+    weighted = gradient_of(actor)
+    actor.zero_grad()
+    keep = torch.arange(5)
+    by.gradient(rollout.take(keep), credit.take(keep), loss, "sequence_mean")
+    assert (gradient_of(actor) - weighted).norm() / weighted.norm() < 1e-6
+
+
+def test_optimizer_steps_are_epochs_times_minibatches():
+    by = build.learner(ActorCritic(tiny.model(), "shared"))
+    rollout, credit = build.rollout_of(build.draw(by.actor, count=12), by)
+    seen = []
+    by.on_event = seen.append
+    metrics = by.optimize(rollout, credit, PPO().loss, aggregation="token_mean", epochs=3, minibatches=4)
+    assert metrics["optimizer_steps"] == 12 == seen.count("on_optimizer_step")
+    assert metrics["kl_stops"] == metrics["skipped_steps"] == 0
+
+
+def test_a_kl_stop_ends_the_update_before_the_step_that_it_refuses():
+    by = build.learner(ActorCritic(tiny.model(), "shared"), learning_rate=0.05)
+    rollout, credit = build.rollout_of(build.draw(by.actor, count=12), by)
+    metrics = by.optimize(rollout, credit, PPO().loss, aggregation="token_mean", epochs=8, max_kl=0.01)
+    assert metrics["kl_stops"] == 1 and 1 <= metrics["optimizer_steps"] < 8
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
+    by = build.learner(ActorCritic(tiny.model(), "shared"))
+    rollout, credit = build.rollout_of(build.draw(by.actor, count=12), by)
+    credit.advantages[3, 0] = float("nan")
+    before = copy.deepcopy(by.actor.state_dict())
+    metrics = by.optimize(rollout, credit, PPO().loss, aggregation="token_mean")
+    assert metrics["skipped_steps"] == 1 and metrics["optimizer_steps"] == 0
+    assert all(torch.equal(before[k], v) for k, v in by.actor.state_dict().items())
+
+
+def test_clipping_limits_the_norm_and_reports_it_before():
+    by = build.learner(ActorCritic(tiny.model(), "shared"), max_grad_norm=1e-3)
+    rollout, credit = build.rollout_of(build.draw(by.actor, count=12), by)
+    by.gradient(rollout, credit, PPO().loss, "token_mean")
+    direction = gradient_of(by.actor)
+    norm = by.clip()
+    assert norm == pytest.approx(float(direction.norm()), rel=1e-5) and norm > 1e-3
+    assert float(gradient_of(by.actor).norm()) == pytest.approx(1e-3, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(direction, gradient_of(by.actor), dim=0) > 0.999999
+
+
+def test_the_value_head_has_its_own_learning_rate_and_biases_no_decay():
+    args = TrainConfig(learning_rate=1e-4, value_learning_rate=1e-2, weight_decay=0.1)
+    actor = ActorCritic(tiny.model(), "shared")
+    groups = parameter_groups(actor, args)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rates) == len(list(actor.parameters()))
+    assert rates[id(actor.value.linear.weight)] == (1e-2, 0.0)
+    assert rates[id(actor.policy.transformer.wte.weight)] == (1e-4, 0.1)
+    assert rates[id(actor.policy.transformer.ln_f.bias)] == (1e-4, 0.0)
+
+
+def test_schedule_counts_turns_of_the_page():
+    by = build.learner(
+        ActorCritic(tiny.model()), lr_scheduler_type="linear", warmup_steps=2, max_steps=10, learning_rate=1.0
+    )
+    rates = []
+    for _ in range(10):
+        rates.append(by.learning_rate)
+        by.end_turn()
+    assert rates == pytest.approx([0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_micro_batches_cover_every_row_within_the_budget():
+    prompt, completion = torch.randint(1, 30, (50,)), torch.randint(0, 20, (50,))
+    batches = micro_batches(prompt, completion, 200)
+    assert sorted(torch.cat(batches).tolist()) == list(range(50))
+    for rows in batches:
+        assert len(rows) == 1 or (prompt[rows].max() + completion[rows].max()) * len(rows) <= 200
+    assert len(micro_batches(prompt, completion, 1)) == 50
+
+
+def test_balance_deals_every_row_once_and_evenly():
+    lengths = torch.randint(1, 100, (40,))
+    dealt = balance(lengths, 3)
+    assert sorted(torch.cat(dealt).tolist()) == list(range(40))
+    loads = [int(lengths[rows].sum()) for rows in dealt]
+    assert max(loads) - min(loads) <= 100
+    assert [len(rows) for rows in balance(torch.tensor([5]), 3)] == [1, 0, 0]

@@ -1,0 +1,230 @@
+"""ActorCritic on real architectures: what is refused, dropout, value heads, the reference, saving."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hfpg.config import ConfigError
+from hfpg.models import ActorCritic, Reference, load_actor_critic, load_policy, save_actor_critic
+from tests import build, tiny
+
+
+LORA = dict(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", lora_dropout=0.5)
+INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def inputs(samples):
+    return {name: getattr(samples, name) for name in INPUTS}
+
+
+# ── refusals
+
+
+def test_a_bidirectional_model_is_refused_by_name():
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(ConfigError, match="BertLMHeadModel is not causal: changing the last token moves"):
+        ActorCritic(load_policy(BertLMHeadModel(config)))
+    assert ActorCritic(BertLMHeadModel(BertConfig(**(config.to_dict() | {"is_decoder": True})))) is not None
+
+
+def test_encoder_decoders_are_refused_by_name(tmp_path):
+    small = dict(d_model=16, num_layers=1, num_heads=1, d_kv=4, d_ff=8, vocab_size=64)
+    with pytest.raises(ConfigError, match=r"T5ForConditionalGeneration \(t5\) is an encoder–decoder"):
+        load_policy(T5ForConditionalGeneration(T5Config(**small)))
+    bart = BartConfig(
+        vocab_size=64,
+        d_model=16,
+        max_position_embeddings=32,
+        **{
+            f"{side}_{part}": 1 for side in ("encoder", "decoder") for part in ("layers", "attention_heads", "ffn_dim")
+        },
+    )
+    BartForConditionalGeneration(bart).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"\(bart\) is an encoder–decoder, not a causal LM"):
+        load_policy(str(tmp_path))
+
+
+def test_a_model_that_does_not_exist_is_one_sentence():
+    with pytest.raises(ConfigError, match="cannot load the model 'no/such-model'.*hf auth login"):
+        load_policy("no/such-model")
+
+
+def test_peft_that_does_not_fit_names_the_modules_there_are():
+    with pytest.raises(ConfigError, match="its linear modules are"):
+        load_policy(tiny.model("llama"), peft_config=LoraConfig(target_modules=["no_such_module"]))
+
+
+def test_prompt_learning_and_a_second_adapter_are_refused():
+    prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ConfigError, match="PROMPT_TUNING is not supported"):
+        load_policy(tiny.model(), peft_config=prompt_tuning)
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        load_policy(get_peft_model(tiny.model(), LoraConfig(**LORA)), peft_config=LoraConfig(**LORA))
+
+
+# ── the forward pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [("gpt2", dict(attn_pdrop=0.4, resid_pdrop=0.4, embd_pdrop=0.4)), ("llama", dict(attention_dropout=0.4))],
+)
+def test_dropout_is_off_in_training_functional_dropout_included(kind, dropout):
+    model = tiny.model(kind, **dropout).train()
+    actor = ActorCritic(get_peft_model(model, LoraConfig(**LORA)) if kind == "gpt2" else model, "separate").train()
+    samples = build.draw(actor)
+    first, second = actor(**inputs(samples)), actor(**inputs(samples))
+    assert torch.equal(first.logprobs, second.logprobs) and torch.equal(first.values, second.values)
+    assert first.logprobs.requires_grad
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_value_heads_start_at_zero_read_what_the_lm_head_reads_and_learn(kind, value):
+    actor = ActorCritic(tiny.model(kind), value)
+    samples = build.draw(actor)
+    head = actor.policy.get_output_embeddings()
+    assert actor.value.linear.in_features == head.weight.shape[1]
+    values = actor(**inputs(samples)).values
+    assert (values == 0).all()
+    actor.value.linear.weight.data.normal_()
+    values = actor(**inputs(samples)).values
+    assert (values != 0).sum() > 20 and (values[~samples.completion_mask] == 0).all()
+    values.sum().backward()
+    reached = [p.grad is not None and bool(p.grad.any()) for p in actor.policy.parameters()]
+    assert any(reached) == (value == "shared"), "a separate trunk keeps the policy out of the value's gradient"
+
+
+def test_value_belongs_to_the_state_before_the_token():
+    """V(s_t) must not move when token t does, and must move for t + 1."""
+    actor = ActorCritic(tiny.model(), "shared")
+    actor.value.linear.weight.data.normal_()
+    samples = build.draw(actor, stop_token_ids=[])
+    changed = samples.completion_ids.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % tiny.VOCABULARY
+    before = actor(**inputs(samples)).values
+    after = actor(**(inputs(samples) | {"completion_ids": changed})).values
+    assert torch.equal(before[:, :5], after[:, :5]) and (before[:, 5] != after[:, 5]).all()
+
+
+def test_float64_stays_float64():
+    model = tiny.model().double()
+    scored = ActorCritic(model, "shared")(**inputs(build.draw(ActorCritic(model))), with_entropy=True)
+    assert scored.logprobs.dtype == scored.values.dtype == scored.entropy.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_both_ways_to_the_logits_agree_in_value_and_gradient(kind, monkeypatch):
+    """The chunked head against the model's own forward, with several chunks and row groups."""
+    samples = build.draw(ActorCritic(tiny.model(kind)))
+    results = []
+    for elements in (1 << 22, 5 * tiny.VOCABULARY, 1):
+        monkeypatch.setattr("hfpg.ops.logprobs.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("hfpg.models.CHUNK_ELEMENTS", elements)
+        for chunked in {True, False} if kind == "gpt2" else {False}:
+            model = tiny.model(kind)
+            actor = ActorCritic(model, "shared")
+            actor.chunked_head = chunked
+            scored = actor(**inputs(samples), temperature=0.7, with_entropy=True)
+            (scored.logprobs.sum() + scored.entropy.sum() + scored.values.sum()).backward()
+            grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            results.append((scored.logprobs.detach(), scored.entropy.detach(), grads))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# ── the reference
+
+
+def test_reference_is_the_model_as_it_was_passed():
+    actor = ActorCritic(tiny.model())
+    samples = build.draw(actor)
+    reference = Reference(actor)
+    start = actor(**inputs(samples)).logprobs.detach()
+    assert not reference.adapter_off and torch.equal(reference.logprobs(**inputs(samples)), start)
+    with torch.no_grad():
+        next(actor.policy.parameters()).add_(0.3)
+    assert torch.equal(reference.logprobs(**inputs(samples)), start)
+    assert not torch.equal(actor(**inputs(samples)).logprobs, start)
+
+
+def test_a_fresh_adapter_needs_no_second_model():
+    base = tiny.model()
+    samples = build.draw(ActorCritic(copy.deepcopy(base)))
+    start = ActorCritic(copy.deepcopy(base))(**inputs(samples)).logprobs.detach()
+    actor = ActorCritic(load_policy(base, peft_config=LoraConfig(**LORA)))
+    reference = Reference(actor)
+    assert reference.adapter_off
+    with torch.no_grad():
+        for name, parameter in actor.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert torch.equal(reference.logprobs(**inputs(samples)), start)
+    assert not torch.equal(actor(**inputs(samples)).logprobs, start)
+
+
+def test_a_trained_adapter_is_its_own_reference():
+    """KL at step 0 is 0 also for a PeftModel that has been tuned before: adapters off would be another model."""
+    peft = get_peft_model(tiny.model(), LoraConfig(**LORA, init_lora_weights=False))
+    actor = ActorCritic(load_policy(peft))
+    samples = build.draw(actor)
+    reference = Reference(actor)
+    assert not reference.adapter_off
+    assert torch.equal(reference.logprobs(**inputs(samples)), actor(**inputs(samples)).logprobs)
+
+
+def test_a_reference_of_another_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="ref_model has 70 tokens and the policy 64"):
+        Reference(ActorCritic(tiny.model()), tiny.model(vocabulary=70))
+
+
+# ── saving
+
+
+@pytest.mark.parametrize("value", [None, "shared", "separate"])
+def test_save_and_load(value, tmp_path):
+    actor = ActorCritic(tiny.model(), value)
+    if value:
+        actor.value.linear.weight.data.normal_()
+    save_actor_critic(actor, tmp_path)
+    samples = build.draw(actor)
+    again = load_actor_critic(tmp_path)
+    assert again.value_kind == value
+    assert torch.equal(actor(**inputs(samples)).logprobs, again(**inputs(samples)).logprobs)
+    if value:
+        assert torch.equal(actor(**inputs(samples)).values, again(**inputs(samples)).values)
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), actor.policy.parameters(), strict=True))
+
+
+def test_an_adapter_is_saved_and_loaded_as_an_adapter(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "base")
+    actor = ActorCritic(load_policy(str(tmp_path / "base"), peft_config=LoraConfig(**LORA)), "shared")
+    with torch.no_grad():
+        for parameter in actor.policy.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        actor.value.linear.weight.normal_()
+    save_actor_critic(actor, tmp_path / "tuned")
+    assert not (tmp_path / "tuned" / "model.safetensors").exists()
+    again = load_actor_critic(tmp_path / "tuned")
+    samples = build.draw(actor)
+    assert torch.equal(actor(**inputs(samples)).logprobs, again(**inputs(samples)).logprobs)
+    assert torch.equal(actor(**inputs(samples)).values, again(**inputs(samples)).values)
+    trained = {n for n, p in again.policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)

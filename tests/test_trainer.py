@@ -1,0 +1,376 @@
+"""The page, end to end on a tiny GPT-2: learning, callbacks, evaluation, saving, resuming."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, pipeline
+
+from hfpg import ConfigError
+from hfpg.algorithms import PPO, Reinforce
+from hfpg.models import load_actor_critic
+from hfpg.ops.masked import row_mean
+from tests import build, tiny
+
+
+def parameters(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.learner.actor.parameters()])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+ALGORITHMS = {
+    "ppo": PPO(epochs=2, minibatches=2, kl_coef=0.02),
+    "ppo-separate": PPO(epochs=2, kl_coef=0.02, value="separate", entropy_coef=0.001, kl_target=3.0, dual_clip=3.0),
+    "none": Reinforce(baseline="none", kl_coef=0.0, num_generations=2),
+    "ema": Reinforce(baseline="ema", kl_coef=0.02),
+    "batch": Reinforce(baseline="batch", kl_coef=0.02, entropy_coef=0.001),
+    "value": Reinforce(baseline="value", kl_coef=0.02, kl_target=2.0),
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_raises_the_score(name, tmp_path):
+    trainer = build.trainer(
+        tmp_path, algorithm=ALGORITHMS[name], max_steps=25, prompts_per_step=16, learning_rate=5e-3, adam_beta2=0.99
+    )
+    trainer.train()
+    scores = [row["score"] for row in lines(tmp_path / "metrics.jsonl")]
+    assert len(scores) == 25 and sum(scores[-5:]) > sum(scores[:5]) * 1.3
+    assert all(math.isfinite(v) for v in trainer.state.log_history[-1].values())
+
+
+def test_a_flipped_reward_lowers_the_score(tmp_path):
+    """Guards the test above: with the sign turned, the same run must go down."""
+    trainer = build.trainer(
+        tmp_path,
+        reward=[lambda completions, **k: [-s for s in tiny.count_a(completions)]],
+        algorithm=ALGORITHMS["batch"],
+        max_steps=25,
+        prompts_per_step=16,
+        learning_rate=5e-3,
+    )
+    trainer.train()
+    scores = [-row["score"] for row in lines(tmp_path / "metrics.jsonl")]
+    assert sum(scores[-5:]) < sum(scores[:5])
+
+
+def test_constant_reward_without_kl_leaves_the_parameters_alone(tmp_path):
+    """With a leave-one-out baseline there is nothing to learn, bit for bit."""
+    trainer = build.trainer(
+        tmp_path,
+        algorithm=Reinforce(baseline="batch", kl_coef=0.0),
+        reward=lambda completions, **k: [0.5] * len(completions),
+        prompts_per_step=8,
+        max_steps=3,
+    )
+    before = parameters(trainer)
+    trainer.train()
+    assert torch.equal(before, parameters(trainer))
+
+
+def test_metrics_of_the_first_step(tmp_path):
+    trainer = build.trainer(tmp_path, max_steps=1)
+    metrics = trainer.train()
+    assert metrics["kl_to_ref"] == 0 and metrics["first_log_ratio_max"] < 1e-5 and metrics["sampler_gap"] < 1e-5
+    assert metrics["optimizer_steps"] == 2 and metrics["learning_rate"] == 1e-3
+    recorded = lines(tmp_path / "metrics.jsonl")[0]
+    assert recorded["step"] == 1 and recorded["score"] == pytest.approx(metrics["score"])
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["seed"] == 42 and about["algorithm"]["name"] == "PPO" and about["versions"]["torch"]
+    assert about["config"]["prompts_per_step"] == 8 and about["rewards"] == ["count_a"]
+
+
+def test_the_public_verbs_make_the_same_run_as_train(tmp_path):
+    whole = build.trainer(tmp_path / "a", max_steps=3)
+    whole.train()
+    own = build.trainer(tmp_path / "b", max_steps=3)
+    for _ in range(3):
+        samples, scores = own.collect()
+        own.step(own.rescore(samples, scores))
+    assert torch.equal(parameters(whole), parameters(own))
+
+
+def test_abstained_rows_do_not_count(tmp_path):
+    def judge(completions, **k):
+        return [None if i % 2 else s for i, s in enumerate(tiny.count_a(completions))]
+
+    trainer = build.trainer(tmp_path, reward=judge, max_steps=1)
+    rollout = trainer.rescore(*trainer.collect())
+    assert rollout.weights.tolist() == [1, 0] * 4
+    assert float(row_mean(rollout.scores, rollout.weights)) == pytest.approx(float(rollout.scores[::2].mean()))
+    assert trainer.train()["unscored"] == 0.5
+
+
+def test_columns_reach_the_judge_and_extras_the_files(tmp_path):
+    seen = {}
+
+    def judge(prompts, completions, completion_ids, number, trainer_state, log_extra, log_metric):
+        seen.update(number=number, ids=completion_ids, state=trainer_state)
+        log_extra("half", [n / 2 for n in number])
+        log_metric("judge/mean_number", sum(number) / len(number))
+        return [0.0] * len(completions)
+
+    trainer = build.trainer(
+        tmp_path, reward=judge, max_steps=1, completions_steps=1, algorithm=Reinforce(num_generations=2)
+    )
+    metrics = trainer.train()
+    assert len(seen["number"]) == 16 and seen["number"][::2] == seen["number"][1::2]
+    assert seen["state"] is trainer.state and all(isinstance(i, int) for row in seen["ids"] for i in row)
+    assert metrics["judge/mean_number"] == pytest.approx(sum(seen["number"]) / 16)
+    rows = lines(tmp_path / "completions.jsonl")
+    assert len(rows) == 16 and {"prompt", "completion", "score", "half"} <= rows[0].keys()
+
+
+def test_evaluation_repeats_and_does_not_disturb_training(tmp_path):
+    plain = build.trainer(tmp_path / "a", max_steps=3)
+    plain.train()
+    watched = build.trainer(
+        tmp_path / "b", max_steps=3, eval_steps=1, eval_on_start=True, eval_dataset=Dataset.from_list(tiny.rows(11))
+    )
+    first = watched.evaluate()
+    assert first == watched.evaluate() and first["eval_kl_to_ref"] == 0
+    watched.train()
+    assert torch.equal(parameters(plain), parameters(watched))
+    assert [row["step"] for row in lines(tmp_path / "b" / "metrics.jsonl") if "eval_score" in row][-3:] == [1, 2, 3]
+    assert watched.evaluations[-1]["metrics"] != first
+
+
+def test_conversations_train(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}zb {% endif %}"
+    chats = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in tiny.rows()]
+    seen = []
+
+    def judge(prompts, completions, **k):
+        seen.extend(completions)
+        assert prompts[0][0]["role"] == "user"
+        return [len(c[0]["content"]) / 10 for c in completions]
+
+    build.trainer(tmp_path, train_dataset=chats, processing_class=tokenizer, reward=judge, max_steps=1).train()
+    assert seen[-1][0]["role"] == "assistant"
+
+
+# ── callbacks
+
+
+class Diary(TrainerCallback):
+    """Writes down every event; sets the flags that it is told to."""
+
+    def __init__(self, **wishes):
+        self.events, self.wishes, self.seen = [], wishes, None
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def event(args, state, control, **kwargs):
+            self.events.append(name)
+            self.seen = (args, kwargs.get("model"), kwargs.get("processing_class"))
+            if name == "on_step_end" and state.global_step in self.wishes:
+                setattr(control, self.wishes[state.global_step], True)
+            return control
+
+        return event
+
+
+def test_all_events_fire_with_real_arguments(tmp_path):
+    diary = Diary()
+    trainer = build.trainer(
+        tmp_path,
+        callbacks=[diary],
+        max_steps=6,
+        eval_steps=3,
+        save_steps=3,
+        eval_dataset=tiny.rows(3),
+        max_tokens_per_micro_batch=40,
+    )
+    trainer.train()
+    wanted = {"on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end", "on_step_begin"}
+    wanted |= {"on_step_end", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_log", "on_save"}
+    assert wanted | {"on_evaluate"} <= set(diary.events)
+    assert diary.events.count("on_step_end") == 6 and diary.events.count("on_optimizer_step") == 12
+    assert diary.events.count("on_evaluate") == 2 and diary.events.count("on_save") == 2
+    assert diary.events.count("on_epoch_begin") == diary.events.count("on_epoch_end") == 2, "48 of 40 prompts"
+    args, model, tokenizer = diary.seen
+    assert isinstance(args, TrainingArguments) and args.max_steps == 6 and args.learning_rate == 1e-3
+    assert model is trainer.learner.actor.policy and tokenizer is trainer.processing_class
+
+
+@pytest.mark.parametrize(
+    ("flag", "event", "times"),
+    [("should_save", "on_save", 2), ("should_evaluate", "on_evaluate", 1), ("should_log", "on_log", 1)],
+)
+def test_flags_that_callbacks_set_are_obeyed(flag, event, times, tmp_path):
+    diary = Diary(**{})
+    diary.wishes = {2: flag}
+    trainer = build.trainer(
+        tmp_path, callbacks=[diary], max_steps=4, logging_steps=100, eval_dataset=tiny.rows(3), completions_steps=0
+    )
+    trainer.train()
+    assert diary.events.count(event) == times  # the last step is always saved
+
+
+def test_a_callback_can_stop_the_run_and_end_an_epoch(tmp_path):
+    diary = Diary()
+    diary.wishes = {2: "should_training_stop"}
+    trainer = build.trainer(tmp_path / "a", callbacks=[diary], max_steps=9)
+    trainer.train()
+    assert trainer.state.global_step == 2 and (tmp_path / "a" / "checkpoint-2").is_dir()
+    diary.wishes, diary.events = {1: "should_epoch_stop"}, []
+    trainer = build.trainer(tmp_path / "b", callbacks=[diary], max_steps=2)
+    trainer.train()
+    assert trainer.run.position == 40 + 8 and diary.events.count("on_epoch_begin") == 2
+
+
+# ── saving and resuming
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_save_model_is_a_plain_folder_with_the_value_head_beside(value, tmp_path):
+    trainer = build.trainer(tmp_path / "run", algorithm=PPO(value=value), max_steps=2)
+    trainer.train()
+    folder = trainer.save_model(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    policy = trainer.learner.actor.policy
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), policy.parameters(), strict=True))
+    text = pipeline("text-generation", model=str(folder))("aa ba", max_new_tokens=4, do_sample=False)
+    assert text[0]["generated_text"].startswith("aa ba")
+    again = load_actor_critic(folder)
+    assert torch.equal(again.value.linear.weight, trainer.learner.actor.value.linear.weight)
+    assert again.value.linear.weight.abs().max() > 0
+    assert "PPO" in (folder / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(folder)("aa").input_ids == tiny.tokenizer()("aa").input_ids
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [PPO(epochs=2, minibatches=2, kl_target=1.0), Reinforce(baseline="ema"), PPO(value="separate")],
+    ids=["ppo", "reinforce", "separate"],
+)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(algorithm, lora, tmp_path):
+    settings = dict(algorithm=algorithm, max_steps=6, save_steps=3, lr_scheduler_type="cosine", warmup_steps=2)
+    if lora:
+        settings["peft_config"] = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    whole = build.trainer(tmp_path / "a", **settings)
+    whole.train()
+
+    stop = Diary()
+    stop.wishes = {3: "should_training_stop"}
+    torch.manual_seed(1)  # nothing may hang on the global generator, except a fresh adapter's first weights
+    first = build.trainer(tmp_path / "b", callbacks=[stop], **settings)
+    first.train()
+    torch.manual_seed(99)
+    second = build.trainer(tmp_path / "b", resume_from_checkpoint="True", **settings)
+    assert not torch.equal(parameters(second), parameters(whole))
+    second.train()
+    assert second.state.global_step == 6
+    if lora:  # the adapter's random start differs between the two runs; resuming the first one must not
+        third = build.trainer(tmp_path / "c", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"), **settings)
+        third.train()
+        second = third
+    assert torch.equal(parameters(whole), parameters(second))
+    states = [t.learner.optimizer_state() for t in (whole, second)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert whole.algorithm_state == second.algorithm_state and whole.run == second.run
+
+
+def test_resuming_rewinds_the_metrics_and_keeps_the_learning_rate(tmp_path):
+    trainer = build.trainer(tmp_path, max_steps=4, save_steps=2)
+    trainer.train()
+    rows = lines(tmp_path / "metrics.jsonl")
+    again = build.trainer(tmp_path, max_steps=4, save_steps=2, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again.train()
+    new = lines(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in new] == [1, 2, 3, 4]
+    for name in ("score", "loss", "learning_rate", "kl_to_ref", "num_tokens", "epoch"):
+        assert [r[name] for r in new] == [r[name] for r in rows], name
+
+
+def test_a_checkpoint_is_a_model_folder_without_pickles(tmp_path):
+    trainer = build.trainer(tmp_path, max_steps=3, save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    files = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
+    assert files <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    trainer = build.trainer(tmp_path, max_steps=2, save_steps=1)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "hfpg_state.json").unlink()
+    (tmp_path / "checkpoint-9.tmp").mkdir()
+    again = build.trainer(tmp_path, max_steps=2, save_steps=1, resume_from_checkpoint="True")
+    again._begin(None)
+    assert again.state.global_step == 1
+
+
+def test_what_was_trained_is_saved_when_a_judge_fails(tmp_path):
+    calls = []
+
+    def judge(completions, **k):
+        calls.append(1)
+        if len(calls) == 5:  # the dry call is the first
+            raise ValueError("the server is gone")
+        return [0.0] * len(completions)
+
+    trainer = build.trainer(tmp_path, reward=judge, max_steps=9)
+    with pytest.raises(RuntimeError, match="reward function 'judge' raised ValueError: the server is gone"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-3" / "hfpg_state.json").is_file()
+    again = build.trainer(tmp_path, max_steps=4, resume_from_checkpoint="True")
+    again.train()
+    assert again.state.global_step == 4
+
+
+# ── adapters
+
+
+def test_lora_trains_the_adapter_alone_and_saves_it(tmp_path):
+    base = tiny.model()
+    base.save_pretrained(tmp_path / "base")
+    trainer = build.trainer(
+        tmp_path / "run",
+        model=str(tmp_path / "base"),
+        peft_config=LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"),
+        max_steps=3,
+    )
+    metrics = trainer.train()
+    assert metrics["kl_to_ref"] != 0 and trainer.reference.adapter_off
+    folder = trainer.save_model(tmp_path / "adapter")
+    assert not (folder / "model.safetensors").exists()
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
+    ids = torch.tensor([[3, 4, 5]])
+    policy = trainer.learner.actor.policy
+    assert torch.equal(tuned(input_ids=ids).logits, policy(input_ids=ids).logits)
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(input_ids=ids).logits, base(input_ids=ids).logits)
+    trained = build.trainer(tmp_path / "more", model=str(folder), max_steps=1)
+    assert trained.train()["kl_to_ref"] == 0, "a tuned adapter is its own reference"
+
+
+def test_a_generator_of_the_users_own(tmp_path):
+    """`generator=` takes anything that maps (policy, prompts) to Samples; without log-probs of its own is fine."""
+    from hfpg.generation.hf import HFGenerator
+
+    inner = HFGenerator(tiny.tokenizer(), seed=1, max_completion_length=4)
+
+    def generator(policy, prompts):
+        return dataclasses.replace(inner(policy, prompts), sampler_logprobs=None)
+
+    trainer = build.trainer(tmp_path, generator=generator, max_steps=1)
+    assert "sampler_gap" not in trainer.train()
+
+
+def test_evaluate_without_prompts_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match="evaluate needs held-out prompts; give the trainer an eval_dataset"):
+        build.trainer(tmp_path).evaluate()
