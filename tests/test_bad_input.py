@@ -1,0 +1,138 @@
+"""Wrong input gets one clear sentence before any work is lost: the value seen, the rule broken, a value that works."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel
+
+from hfpg import ConfigError
+from hfpg.algorithms import PPO, Reinforce
+from tests import build, tiny
+
+
+def no_loading(monkeypatch):
+    """Fail if the policy's weights are touched: these refusals must come before."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded before the bad input was found")
+
+    monkeypatch.setattr("hfpg.trainer.load_policy", refuse)
+
+
+CASES = {
+    "batch": (
+        dict(algorithm=PPO(minibatches=3, num_generations=4)),
+        r"minibatches=3 does not divide the 32 rollouts of a step \(8 prompts × 4 samples\); try 2 or 4",
+    ),
+    "small data": (
+        dict(train_dataset=tiny.rows(5)),
+        "the data set has 5 prompts and a step takes prompts_per_step=8; set it to 5 or less",
+    ),
+    "empty data": (dict(train_dataset=[]), "the data set is empty"),
+    "empty prompt": (
+        dict(train_dataset=[{"prompt": "aa"}, {"prompt": " "}, {"prompt": None}] * 4),
+        r"8 prompts are empty or missing \(rows \[1, 2, 4\]\)",
+    ),
+    "no prompt column": (
+        dict(train_dataset=[{"prompts_": "aa"}] * 9),
+        r"no column 'prompt'; it has \['prompts_'\]; did you mean 'prompts_'\?",
+    ),
+    "too long": (
+        dict(train_dataset=[{"prompt": "aa " * 95}] * 9),
+        r"9 prompts have more than 90 tokens \(rows \[0, 1, 2\]; the longest has 95\)",
+    ),
+    "no room": (dict(max_completion_length=96), "max_completion_length leaves 0 tokens of the context"),
+    "reward length": (
+        dict(reward=lambda completions, **k: [1.0]),
+        "returned 1 scores for 2 completions",
+    ),
+    "reward nan": (
+        dict(reward=lambda completions, **k: [float("nan")] * len(completions)),
+        r"returned nan for sample 0 .* a score is a finite number, or None.*in a dry call on 2 rows, before training",
+    ),
+    "reward signature": (
+        dict(reward=lambda completions, label: [0.0] * len(completions)),
+        r"does not fit: missing a required argument: 'label'; it is called with the keywords .* columns are \['number'\]",
+    ),
+    "reward raises": (
+        dict(reward=lambda completions, **k: 1 / 0),
+        "raised ZeroDivisionError: division by zero .in a dry call",
+    ),
+    "reward name": (dict(reward="no_such_file.py:judge"), "there is no file no_such_file.py"),
+    "reward model": (dict(reward="no/such-classifier"), "cannot load the reward model 'no/such-classifier'"),
+    "weights": (dict(reward_weights=[1.0, 2.0]), "reward_weights has 2 entries for 1 reward functions"),
+    "hub without name": (dict(push_to_hub=True), "push_to_hub=True needs hub_model_id, such as 'me/gpt2-positive'"),
+    "temperature": (dict(temperature=0.0), "a policy gradient needs a random policy"),
+    "repetition penalty": (None, None),  # see the generator's tests
+    "not a tokenizer": (dict(processing_class=object()), "processing_class is a object; hfpg trains text models"),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n][0] is not None])
+def test_it_is_one_sentence_before_the_model_loads(name, tmp_path, monkeypatch):
+    settings, message = CASES[name]
+    no_loading(monkeypatch)
+    with pytest.raises(ConfigError, match=message):
+        build.trainer(tmp_path / "run", **settings)
+
+
+def test_a_model_that_is_not_causal(tmp_path):
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(ConfigError, match="BertLMHeadModel is not causal"):
+        build.trainer(tmp_path, model=BertLMHeadModel(config))
+
+
+def test_a_model_that_does_not_exist(tmp_path):
+    with pytest.raises(ConfigError, match="cannot load the model 'no/such'.*a Hub id such as 'gpt2' or a local folder"):
+        build.trainer(tmp_path, model="no/such")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+    with pytest.raises(ConfigError, match="the tokenizer has 64 tokens and the model 50 embeddings"):
+        build.trainer(tmp_path, model=tiny.model(vocabulary=50))
+
+
+def test_an_occupied_output_folder_is_not_written_over(tmp_path):
+    build.trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(ConfigError, match="holds a run already; continue it with resume_from_checkpoint=True"):
+        build.trainer(tmp_path)
+    assert (tmp_path / "checkpoint-1").is_dir()
+    (tmp_path / "precious.txt").write_text("mine")
+    build.trainer(tmp_path, overwrite_output_dir=True)
+    assert not (tmp_path / "checkpoint-1").exists() and (tmp_path / "precious.txt").exists()
+
+
+def test_an_output_folder_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        build.trainer(tmp_path / "run")
+
+
+def test_a_checkpoint_that_is_none_lists_what_there_is(tmp_path):
+    build.trainer(tmp_path, max_steps=1).train()
+    again = build.trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"is no hfpg checkpoint .* has \['checkpoint-1'\]"):
+        again.train()
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"padding_side": "right"}, {"pad_token": "<eos>"}], ids=str)
+def test_any_padding_of_the_tokenizer_gives_the_same_run(tokenizer, tmp_path):
+    """No pad token, right padding, pad = EOS: masks come from positions, and the tokenizer is left as it was."""
+    made = tiny.tokenizer(**tokenizer)
+    side = made.padding_side
+    trainer = build.trainer(tmp_path / "a", processing_class=made)
+    reference = build.trainer(tmp_path / "b", processing_class=tiny.tokenizer(padding_side="left"))
+    for one in (trainer, reference):
+        one.train()
+    a, b = ([p.detach() for p in t.learner.actor.parameters()] for t in (trainer, reference))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert made.padding_side == side
+
+
+def test_every_completion_of_one_token_and_never_an_eos(tmp_path):
+    """Both ends of the lengths are finite: completions of one token, and none that ends by itself."""
+    one = build.trainer(tmp_path / "one", max_completion_length=1).train()
+    never = build.trainer(tmp_path / "never", stop_token_ids=[], algorithm=Reinforce(baseline="value")).train()
+    assert one["length"] == 1 and never["finished"] == 0
+    assert all(v == v for metrics in (one, never) for v in metrics.values())

@@ -1,0 +1,75 @@
+"""Train from a repository, push, load back with plain transformers and with hfpg: real clients, a Hub on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import HubServer
+
+
+ROOT = Path(__file__).parents[1]
+CHILD = """
+import json, sys
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+from hfpg import hub
+from hfpg.algorithms import PPO
+from hfpg.models import load_actor_critic
+from tests import build, tiny
+
+out, lora = sys.argv[1], sys.argv[2] == "lora"
+tiny.model().push_to_hub("tester/base")
+tiny.tokenizer().push_to_hub("tester/base")
+peft = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM") if lora else None
+trainer = build.trainer(
+    out, model="tester/base", processing_class=None, algorithm=PPO(epochs=1), peft_config=peft, max_steps=2,
+    eval_dataset=tiny.rows(4), eval_on_start=True, push_to_hub=True, hub_model_id="tester/tuned",
+)
+trainer.evaluate()
+trainer.train()
+trainer.evaluate()
+trainer.push_to_hub("tester/tuned")
+policy, ids = trainer.learner.actor.policy, torch.tensor([[3, 4, 5]])
+plain = AutoModelForCausalLM.from_pretrained("tester/tuned")
+ours = load_actor_critic(hub.pull("tester/tuned"))
+AutoTokenizer.from_pretrained("tester/tuned")
+print(json.dumps({
+    "plain": torch.equal(plain(input_ids=ids).logits, policy(input_ids=ids).logits),
+    "ours": torch.equal(ours.policy(input_ids=ids).logits, policy(input_ids=ids).logits),
+    "value": torch.equal(ours.value.linear.weight, trainer.learner.actor.value.linear.weight),
+    "value_learned": float(ours.value.linear.weight.abs().max()),
+    "gap": float((plain(input_ids=ids).logits - tiny.model()(input_ids=ids).logits).abs().max()),
+}))
+"""
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_train_from_a_repository_push_and_load_back(kind, tmp_path):
+    with HubServer() as server:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        environment |= server.env(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(tmp_path / "run"), kind],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        assert found["plain"] and found["ours"] and found["value"]
+        assert found["value_learned"] > 0 and found["gap"] > 0
+        files = server.files("tester/tuned")
+    assert {"README.md", "value_head.safetensors", "hfpg.json", "config.json"} - set(files) <= {"config.json"}
+    assert ("adapter_model.safetensors" if kind == "lora" else "model.safetensors") in files
+    assert not any("run.json" in name or "checkpoint" in name or name.endswith((".bin", ".pt")) for name in files)
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "base_model: tester/base" in card and "eval" not in card.split("---")[0]
+    assert str(tmp_path) not in card
