@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
-from hfpg.config import ConfigError, require
+from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, is_peft, load_value_head, save_actor_critic
 
@@ -128,7 +128,8 @@ def load_policy_weights(actor: ActorCritic, path: Path) -> None:
         )
         return
     # through from_pretrained, which knows how transformers names, ties and shards what it saved
-    fresh = type(policy).from_pretrained(path, dtype=policy.dtype)
+    with no_progress_bar():
+        fresh = type(policy).from_pretrained(path, dtype=policy.dtype)
     try:
         policy.load_state_dict(fresh.state_dict())
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import logging as hf_logging
 
 
 class ConfigError(ValueError):
@@ -255,6 +256,18 @@ def one_sentence() -> Iterator[None]:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for every file that it reads or writes; in the middle of a live view that is a mess."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 class _Parser(HfArgumentParser):

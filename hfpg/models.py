@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as hf_logging
 
-from hfpg.config import ConfigError, require
+from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.ops.logprobs import CHUNK_ELEMENTS, chosen_logprobs, entropy, sampling_logits, score_in_chunks
 from hfpg.types import Scored
 
@@ -87,16 +86,17 @@ def load_policy(
 
 def _load(name: str, revision: str, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     try:
-        adapter = (Path(name) / "adapter_config.json").exists()
-        if adapter:
+        if (Path(name) / "adapter_config.json").exists():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, is_trainable=True)
+            with no_progress_bar():
+                return AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, is_trainable=True)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         refuse_non_causal_class(config, name)
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype
-        )
+        with no_progress_bar():
+            return AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype
+            )
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -424,18 +424,6 @@ class Reference:
 
 
 # ── saving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for every file that it writes; in the middle of a live view that is a mess."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 HEAD_FILE = "value_head.safetensors"

@@ -87,6 +87,7 @@ class PolicyGradientTrainer:
         preflight.dry_call(self.judge, self.train_data, self.processing_class)
         self.output_dir = preflight.prepare_output_dir(args, algorithm, model, self.accelerator)
         self.args = args = dataclasses.replace(args, output_dir=str(self.output_dir))
+        find_checkpoint(args.resume_from_checkpoint, self.output_dir)  # refuses a path that is no checkpoint
 
         load: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
         policy = load_policy(model, peft_config=peft_config, **load).to(self.accelerator.device)
@@ -233,7 +234,7 @@ class PolicyGradientTrainer:
 
     @torch.no_grad()
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
-        """One completion of each held-out prompt, with the same random numbers at every call.
+        """One completion of each held-out prompt, with the same random numbers at every call and for every seed.
 
         Returns `eval_*` metrics: those of a rollout (see docs/glossary.md), `eval_distinct_2` (token bigrams) and
         `eval_top_bigram_share` (share of texts with the most frequent word bigram).

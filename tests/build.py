@@ -53,7 +53,7 @@ def rollout_of(samples: Samples, by: Learner, seed: int = 0) -> tuple[Rollout, E
 
 def trainer(folder: Any, *, algorithm: Any = None, model: Any = None, reward: Any = None, **settings: Any) -> Any:
     """A trainer on a tiny GPT-2; `settings` are TrainConfig fields or trainer arguments."""
-    own = {name for name in TrainConfig.__dataclass_fields__}
+    own = set(TrainConfig.__dataclass_fields__)
     config = {
         "max_steps": 2,
         "prompts_per_step": 8,

@@ -13,8 +13,8 @@ import jaxtyping
 
 jaxtyping.install_import_hook(["hfpg.ops", "hfpg.types", "hfpg.models"], "beartype.beartype")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 torch.set_num_threads(1)

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
+from hfpg.algorithms import PPO
+from hfpg.config import TrainConfig
 from hfpg.learner import balance, micro_batches, parameter_groups
 from hfpg.models import ActorCritic
-from hfpg.algorithms import PPO
 from hfpg.types import TokenLoss
-from hfpg.config import TrainConfig
 from tests import build, tiny
 
 

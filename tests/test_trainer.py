@@ -144,7 +144,9 @@ def test_evaluation_repeats_and_does_not_disturb_training(tmp_path):
 
 def test_conversations_train(tmp_path):
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}zb {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}zb {% endif %}"
+    )
     chats = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in tiny.rows()]
     seen = []
 

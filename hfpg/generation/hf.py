@@ -135,7 +135,9 @@ class KeyedSampler(LogitsProcessor):
     """Chooses the token inside `generate`: all other logits become −inf. Keeps what it knows of each choice."""
 
     def __init__(self, seed: int, sample_ids: Tensor, width: int, temperature: float, warpers: Sequence[Any]):
-        self.keys = row_keys(seed, "sample", sample_ids)
+        # negative ids belong to evaluations: their noise does not depend on the seed, so that runs can be compared
+        training, evaluation = row_keys(seed, "sample", sample_ids), row_keys(0, "evaluate", sample_ids)
+        self.keys = torch.where(sample_ids >= 0, training, evaluation)
         self.width, self.temperature, self.warpers = width, temperature, warpers
         self.logprobs: list[Tensor] = []
         self.kept: list[Tensor] = []

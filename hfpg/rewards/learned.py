@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hfpg.config import ConfigError, require
+from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.types import Text
 
 
@@ -33,7 +33,8 @@ class ClassifierReward:
             source, _, label = model.partition("#")
             self.name = Path(source).name
             try:
-                model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+                with no_progress_bar():
+                    model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
             except (OSError, ValueError) as error:
                 first = str(error).strip().splitlines()[0]
