@@ -7,11 +7,13 @@ of flags. A field that exists in `transformers.TrainingArguments` has its name a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
 import json
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +109,7 @@ class TrainConfig:
     trust_remote_code: bool = field(False, "Run model code from the Hub repository. Never applies to judges.")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(
@@ -141,14 +144,18 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_choices(settings: Any) -> None:
+    """Raise ConfigError where a `Literal` field of a dataclass instance holds something else."""
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        options = [o for k in (typing.get_args(kind) or ()) for o in (typing.get_args(k) or (k,))]
+        if typing.get_origin(kind) is Literal and getattr(settings, name) not in options:
+            raise ConfigError(f"{name}={getattr(settings, name)!r} is unknown; choose from {options}")
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """'; did you mean X?' for the known name closest to this one, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-class _LineLoader(yaml.SafeLoader):
-    """SafeLoader that keeps the line of every top-level key and refuses a key that stands twice."""
 
 
 def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
@@ -156,41 +163,37 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
 
     Raises ConfigError with file and line for a file that is no mapping, cannot be parsed, or names a key twice.
     """
+    found: dict[str, tuple[Any, int]] = {}
+    line = 1
     try:
         text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_LineLoader)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:1: expected lines of the form `key: value`, found {text.strip()[:40]!r}")
+        loader = yaml.SafeLoader("")
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            require(isinstance(key_node, yaml.ScalarNode), f"{path}:{line}: a key must be a name")
+            require(key_node.value not in found, f"{path}:{line}: key {key_node.value!r} stands twice; keep one")
+            found[key_node.value] = (loader.construct_object(value_node, deep=True), line)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        line = error.problem_mark.line + 1 if error.problem_mark else line
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}:1: expected lines of the form `key: value`, found {text.strip()[:40]!r}")
-    loader, found = _LineLoader(""), {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        require(key_node.value not in found, f"{path}:{line}: key {key_node.value!r} stands twice; keep one")
-        found[key_node.value] = (loader.construct_object(value_node, deep=True), line)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # control characters, bytes that are no UTF-8, impossible dates
+        raise ConfigError(f"{path}:{line}: not valid YAML: {str(error).splitlines()[0]}") from None
     return found
 
 
 def json_mapping(text: str) -> dict:
     """A JSON object, such as '{"use_cache": true}'."""
     value = json.loads(text)
-    require(isinstance(value, dict), f"expected a JSON object, found {text[:40]!r}")
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text[:40]!r}")
     return value
-
-
-def _as_flags(name: str, value: Any, where: str) -> list[str]:
-    """One YAML value as command-line words, so that YAML and flags share one type check."""
-    if value is None:
-        return []
-    if isinstance(value, dict):
-        return [f"--{name}", json.dumps(value)]
-    if isinstance(value, list):
-        require(not any(isinstance(v, list | dict) for v in value), f"{where}: {name} must be a flat list")
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
 
 
 def parse(
@@ -216,36 +219,73 @@ def parse(
             require(f.name not in owner, f"field {f.name!r} stands in {owner.get(f.name)} and in {cls}")
             owner[f.name] = cls
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(classes, description=description, allow_abbrev=False)
-    parser.add_argument("--config", default=None, help="YAML file with any of these fields; flags win over it.")
-    path = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])[0].config
-    words = [] if path is None else _yaml_as_flags(path, list(owner))
-    made = _build(parser, classes, words + argv)
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", default=None)
+    path = before.parse_known_args(argv)[0].config
+    values: dict[str, tuple[Any, str]] = {}
+    if path is not None:
+        found = read_yaml(path)
+        unknown = [
+            f"{path}:{line}: unknown key {name!r}{nearest(name, list(owner))}"
+            for name, (_, line) in found.items()
+            if name not in owner
+        ]
+        require(not unknown, "\n".join(unknown))
+        values = {name: (value, f"{path}:{line}") for name, (value, line) in found.items()}
+    made = _build(classes, values, argv, description)
     if defaults is not None:
-        first = [word for name, value in defaults(made[0]).items() for word in _as_flags(name, value, "defaults")]
-        made = _build(parser, classes, first + words + argv)
+        own = {name: (value, "defaults") for name, value in defaults(made[0]).items()}
+        made = _build(classes, own | values, argv, description)
     return made
 
 
-def _yaml_as_flags(path: str, known: Sequence[str]) -> list[str]:
-    found = read_yaml(path)
-    unknown = [
-        f"{path}:{line}: unknown key {name!r}{nearest(name, known)}"
-        for name, (_, line) in found.items()
-        if name not in known
-    ]
-    require(not unknown, "\n".join(unknown))
-    return [w for name, (value, line) in found.items() for w in _as_flags(name, value, f"{path}:{line}")]
-
-
-def _build(parser: HfArgumentParser, classes: Sequence[type], words: Sequence[str]) -> tuple[Any, ...]:
-    namespace, rest = parser.parse_known_args(words)
+def _build(
+    classes: Sequence[type], values: dict[str, tuple[Any, str]], argv: Sequence[str], description: str | None
+) -> tuple[Any, ...]:
+    """Instances from values (each with the place it stands at) and from flags, which win."""
+    parser = _Parser(classes, description=description, allow_abbrev=False)
+    parser.add_argument("--config", default=None, help="YAML file with any of these fields; flags win over it.")
+    namespace = argparse.Namespace()
+    for action in parser._actions:
+        if action.dest in values:
+            setattr(namespace, action.dest, _convert(action, *values[action.dest]))
+            action.required = False
+    namespace, rest = parser.parse_known_args(argv, namespace)
     known = [f"--{f.name}" for cls in classes for f in dataclasses.fields(cls)]
     flags = [word for word in rest if word.startswith("--")] or rest
     require(not rest, "\n".join(f"unknown flag {w!r}{nearest(w.split('=')[0], known)}" for w in flags))
     return tuple(
         cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls) if f.init}) for cls in classes
     )
+
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    """A YAML value by the type that the flag has: one type check for both."""
+    if value is None:
+        require(action.default is None, f"{where}: {action.dest} must have a value; the default is {action.default!r}")
+        return None
+    if action.nargs in ("+", "*"):
+        return [_convert_one(action, item, where) for item in (value if isinstance(value, list) else [value])]
+    return _convert_one(action, value, where)
+
+
+def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
+    kind: Any = action.type or str
+    if kind is json_mapping and isinstance(value, dict):
+        return value
+    try:
+        require(not isinstance(value, list | dict), f"{where}: {action.dest}: expected one value, found {value!r:.60}")
+        converted = kind(str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        name = getattr(kind, "__name__", str(kind))
+        raise ConfigError(f"{where}: {action.dest}: invalid {name} value: {value!r:.60}") from None
+    require(
+        action.choices is None or converted in action.choices,
+        f"{where}: {action.dest}={value!r} is unknown; choose from {list(action.choices or [])}",
+    )
+    return converted
 
 
 @contextlib.contextmanager

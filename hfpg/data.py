@@ -49,6 +49,8 @@ class PromptData:
                 "the tokenizer pads on the right; prompts are padded on the left here, the tokenizer stays as is"
             )
         self.encoded = encode_prompts(tokenizer, self.prompts)
+        nothing = [i for i, ids in enumerate(self.encoded) if not ids]
+        require(not nothing, f"{len(nothing)} prompts have no token (rows {nothing[:3]}); remove these rows")
         self._fit(None if context is None else context - max_completion_length, overlong)
         self.fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 

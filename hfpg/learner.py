@@ -154,7 +154,8 @@ class Learner:
         the same, and `log_ratio_max`, the largest |log π_new − log π_old|.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        coefficients = token_coefficients(rollout.completion_mask, rollout.weights, aggregation)
+        longest = self.args.max_completion_length
+        coefficients = token_coefficients(rollout.completion_mask, rollout.weights, aggregation, longest)
         means = token_coefficients(rollout.completion_mask, rollout.weights, "token_mean")
         mine = balance(rollout.lengths, world)[rank]
         parts = micro_batches(

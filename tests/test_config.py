@@ -171,7 +171,7 @@ def test_a_file_that_is_not_there(tmp_path: Path):
         ("overlong_prompts: cut", ["overlong_prompts", "cut", "truncate", "drop"]),
         ("generation_kwargs: 3", ["generation_kwargs", "3"]),
         ("max_steps: [1, 2]", ["max_steps"]),
-        ("stop_strings: [[a]]", ["stop_strings", "flat list"]),
+        ("stop_strings: [[a]]", ["stop_strings", "expected one value", "['a']"]),
     ],
 )
 def test_a_value_of_the_wrong_type_names_the_field(tmp_path: Path, text: str, words: list[str]):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from hfpg.algorithms.kl_control import check_kl, next_kl_coef
-from hfpg.config import field, require
+from hfpg.config import check_choices, field, require
 from hfpg.learner import Learner
 from hfpg.ops.kl import k3
 from hfpg.ops.masked import Aggregation, center_and_scale
@@ -52,10 +52,14 @@ class PPO:
     aggregation: Aggregation = field("token_mean", "How per-token losses become one number.")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_kl(self.kl_coef, self.kl_target)
         for name in ("num_generations", "epochs", "minibatches"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(0 < self.clip_range < 1, f"clip_range={self.clip_range} must lie between 0 and 1, such as 0.2")
+        for name in ("clip_range_high", "value_clip_range", "max_kl"):
+            bound = getattr(self, name)
+            require(bound is None or bound > 0, f"{name}={bound} must be above 0, or absent")
         require(0 <= self.lam <= 1, f"lam={self.lam} must lie between 0 and 1")
         require(0 < self.gamma <= 1, f"gamma={self.gamma} must be above 0 and at most 1")
         high = self.clip_range if self.clip_range_high is None else self.clip_range_high

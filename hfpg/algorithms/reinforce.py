@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from hfpg.algorithms.kl_control import check_kl, next_kl_coef
-from hfpg.config import field, require
+from hfpg.config import check_choices, field, require
 from hfpg.learner import Learner
 from hfpg.ops.baselines import RunningMean, leave_one_out, update_running_mean
 from hfpg.ops.masked import Aggregation
@@ -45,6 +45,7 @@ class Reinforce:
     aggregation: Aggregation = field("sequence_sum", "How per-token losses become one number.")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_kl(self.kl_coef, self.kl_target)
         require(self.num_generations >= 1, f"num_generations={self.num_generations} must be at least 1")
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be at least 0 and below 1, such as 0.9")

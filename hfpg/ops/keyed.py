@@ -47,7 +47,7 @@ def row_keys(seed: int, purpose: str, counters: Int[Tensor, " B"]) -> Int[Tensor
 def uniforms(keys: Int[Tensor, " B"], n: int) -> Float[Tensor, "B n"]:
     """n numbers in the open interval (0, 1) for each key, float64."""
     bits = mix(keys[:, None] ^ mix(torch.arange(n, device=keys.device) + 1))
-    return (_shift_right(bits, 11).double() + 0.5) / (1 << 53)
+    return (_shift_right(bits, 12).double() + 0.5) / (1 << 52)
 
 
 def permutation(n: int, seed: int, purpose: str, *counters: int) -> Int[Tensor, " n"]:

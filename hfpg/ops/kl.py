@@ -28,7 +28,10 @@ def k3(log_ratio: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
 def full(logits: Float[Tensor, "... V"], other_logits: Float[Tensor, "... V"]) -> Float[Tensor, ...]:
     """Σ_v π(v) (log π(v) − log π_other(v)), exact over the vocabulary. Tokens outside π's support add 0."""
     logp, logq = logits.log_softmax(-1), other_logits.log_softmax(-1)
-    return torch.where(logp > -torch.inf, logp.exp() * (logp - logq), 0).sum(-1)
+    inside = logp > -torch.inf
+    # −inf is taken out before the product: 0 · inf would make its gradient NaN
+    difference = torch.where(inside, logp, 0) - torch.where(inside, logq, 0)
+    return (logp.exp() * difference).sum(-1)
 
 
 def adapt_kl_coef(kl_coef: float, kl_to_ref: float, target: float, gain: float = 0.1) -> float:

@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 16 MB in fp32, below glibc's
 def pack_bits(kept: Bool[Tensor, "*shape V"]) -> UInt8[Tensor, "*shape bytes"]:
     """V booleans as ⌈V/8⌉ bytes, lowest bit first."""
     padded = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8))
-    bits = padded.view(*kept.shape[:-1], -1, 8).to(torch.uint8)
+    bits = padded.view(*kept.shape[:-1], padded.shape[-1] // 8, 8).to(torch.uint8)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
     return (bits * powers).sum(-1, dtype=torch.uint8)
 

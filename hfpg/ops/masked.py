@@ -79,17 +79,39 @@ def row_std(x: Float[Tensor, " B"], weights: Float[Tensor, " B"]) -> Float[Tenso
 def center_and_scale(
     x: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"], eps: float = 1e-8
 ) -> Float[Tensor, "B C"]:
-    """(x − mean) / std over all chosen tokens ("whitening"). Fewer than two tokens: x is returned as it is."""
-    if (mask & (weights > 0)[:, None]).sum() < 2:
+    """(x − mean) / std over all chosen tokens ("whitening"). Fewer than two tokens: x is returned as it is.
+
+    Equal values become exactly 0. In fp32 the mean of equal numbers is off by rounding, and dividing that by a
+    standard deviation of nearly 0 would turn it into large advantages out of nothing.
+    """
+    if _tokens(mask, weights) < 2:
         return x
-    return scale_only(torch.where(mask, x - masked_mean(x, mask, weights), 0), mask, weights, eps)
+    mean, std = _moments(x, mask, weights)
+    if std == 0:
+        return torch.zeros_like(x)
+    return (torch.where(mask, x.double() - mean, 0) / (std + eps)).to(x.dtype)
 
 
 def scale_only(
     x: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"], eps: float = 1e-8
 ) -> Float[Tensor, "B C"]:
-    """x / std over all chosen tokens; the mean is kept. Fewer than two tokens: x is returned as it is."""
-    if (mask & (weights > 0)[:, None]).sum() < 2:
+    """x / std over all chosen tokens; the mean is kept. Fewer than two tokens, or equal values: x as it is."""
+    if _tokens(mask, weights) < 2:
         return x
-    variance = masked_mean((x - masked_mean(x, mask, weights)) ** 2, mask, weights)
-    return x / (variance.sqrt() + eps)
+    _, std = _moments(x, mask, weights)
+    if std == 0:
+        return x
+    return (x.double() / (std + eps)).to(x.dtype)
+
+
+def _tokens(mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"]) -> int:
+    return int((mask & (weights > 0)[:, None]).sum())
+
+
+def _moments(x: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over chosen tokens, in float64; 0 where the values differ by fp32 rounding only."""
+    counts = mask & (weights > 0)[:, None]
+    x, weights = x.double(), weights.double()
+    mean = masked_mean(x, mask, weights)
+    std = masked_mean((x - mean) ** 2, mask, weights).sqrt()
+    return mean, torch.where(std <= 1e-6 * torch.where(counts, x, 0).abs().max(), 0, std)

@@ -37,7 +37,7 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
         found[f"scores/{name}"] = sum(judged) / len(judged) if judged else float("nan")
     if rollout.ref_logprobs is not None:
         log_ratio = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0)
-        found["kl_to_ref"] = float(log_ratio.sum(1).mean())
+        found["kl_to_ref"] = float(row_mean(log_ratio.sum(1), w))
     if rollout.sampler_logprobs is not None:
         found["sampler_gap"] = float((rollout.sampler_logprobs - rollout.old_logprobs).abs().max())
     return found
@@ -71,5 +71,5 @@ def top_bigram_share(texts: Sequence[str]) -> tuple[str, float]:
         counts.update(set(zip(words, words[1:], strict=False)))
     if not counts:
         return "", 0.0
-    pair, count = counts.most_common(1)[0]
+    pair, count = min(counts.items(), key=lambda item: (-item[1], item[0]))  # ties: the first by alphabet
     return " ".join(pair), count / len(texts)

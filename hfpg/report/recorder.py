@@ -40,8 +40,7 @@ class Recorder:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics, and the same to the trackers."""
         if self.main:
-            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-            self._append("metrics.jsonl", [{"step": step} | finite])
+            self._append("metrics.jsonl", [{"step": step} | values])
         if self.trackers:
             self.accelerator.log(values, step=step)
 
@@ -55,12 +54,17 @@ class Recorder:
         for name in ("metrics.jsonl", "completions.jsonl") if self.main else ():
             path = self.folder / name
             if path.exists():
-                lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+                # only "\n" ends a record; a crash may have cut the last one in the middle of a character
+                text = path.read_text(encoding="utf-8", errors="replace")
+                lines = [line for line in text.split("\n") if _step(line) <= step]
                 path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            for row in rows:
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+                # ASCII: half a surrogate pair, which a byte-level tokenizer can produce, is no valid UTF-8
+                file.write(json.dumps(finite, default=str) + "\n")
 
 
 def _step(line: str) -> int:

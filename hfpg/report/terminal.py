@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COLUMNS = (  # metric, heading, format
     ("score", "score", "{:+.3f}"),
     ("kl_to_ref", "KL", "{:.2f}"),
@@ -50,6 +50,8 @@ class Terminal:
 
     def __init__(self, total: int, *, plain: bool = False, quiet: bool = False, console: Console | None = None):
         self.console = console or Console(quiet=quiet, highlight=False)
+        if hasattr(self.console.file, "reconfigure"):  # a pipe that takes no Unicode must not end a run
+            self.console.file.reconfigure(errors="replace")
         self.total, self.started, self.first_step = total, time.monotonic(), 0
         self.live: Live | None = None
         if self.console.is_terminal and not plain and not quiet:
@@ -86,7 +88,7 @@ class Terminal:
 
     def completions(self, title: str, rows: Sequence[tuple[str, str, float]]) -> None:
         """A few (prompt, completion, score)."""
-        table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, expand=False)
+        table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False, expand=False)
         table.add_column("score", justify="right", no_wrap=True)
         table.add_column("prompt → completion", overflow="fold")
         for prompt, completion, score in rows:
@@ -114,7 +116,7 @@ class Terminal:
 
     def panel(self, title: str, lines: Sequence[str]) -> None:
         """A closing summary."""
-        self.console.print(Panel(Text("\n".join(lines)), title=title, title_align="left", expand=False))
+        self.console.print(Panel(Text("\n".join(lines)), title=Text(title), title_align="left", expand=False))
 
     def stop(self) -> None:
         """Leave the live view; safe to call twice."""

@@ -12,11 +12,10 @@ import copy
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ import torch
 from hfpg.config import ConfigError, require
 from hfpg.rewards.learned import ClassifierReward
 from hfpg.types import Scores, Text
+
+
+LARGEST_SCORE = torch.finfo(torch.float32).max
 
 
 class RewardError(RuntimeError):
@@ -58,8 +60,8 @@ class RewardFunction:
         parameters = inspect.signature(spec).parameters.values()
         everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         takes = None if everything else frozenset(p.name for p in parameters)
-        target = spec if inspect.isroutine(spec) else type(spec).__call__
-        return RewardFunction(name, spec, takes, inspect.iscoroutinefunction(target))
+        slow = any(map(inspect.iscoroutinefunction, (spec, type(spec).__call__)))
+        return RewardFunction(name, spec, takes, slow)
 
     def arguments(self, everything: dict[str, Any]) -> dict[str, Any]:
         """Copies of the arguments that this function takes: what it does to them stays with it."""
@@ -70,6 +72,7 @@ class RewardFunction:
 def import_function(spec: str) -> Any:
     """The object that "file.py:name" or "package.module:name" names."""
     where, _, name = spec.rpartition(":")
+    require(bool(where and name), f"reward {spec!r}: use 'file.py:name' or 'package.module:name'")
     if where.endswith(".py"):
         path = Path(where)
         require(path.is_file(), f"reward {spec!r}: there is no file {where}")
@@ -92,12 +95,18 @@ def import_function(spec: str) -> Any:
 class Log:
     """What reward functions say beside the score, during one call of the judge."""
 
+    count: int | None = None  # completions that are judged
     extra: dict[str, list] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """One value per completion, for the completions file."""
-        self.extra[column] = list(values)
+        values = list(values)
+        if self.count is not None and len(values) != self.count:
+            raise RewardError(
+                f"log_extra({column!r}) got {len(values)} values for {self.count} completions; give one each"
+            )
+        self.extra[column] = values
 
     def log_metric(self, name: str, value: float) -> None:
         """One number, averaged over calls and ranks, for the metrics."""
@@ -126,12 +135,10 @@ class Judge:
             f"reward_processing_classes has {len(own)} entries for {len(specs)} rewards; give one each (or None)",
         )
         self.functions = [RewardFunction.of(spec, tok) for spec, tok in zip(specs, own, strict=True)]
-        names = [f.name for f in self.functions]
-        if len(set(names)) < len(names):
-            self.functions = [
-                RewardFunction(f"{f.name}_{i}" if names.count(f.name) > 1 else f.name, f.call, f.takes, f.is_async)
-                for i, f in enumerate(self.functions)
-            ]
+        self.functions = [
+            replace(function, name=name)
+            for function, name in zip(self.functions, numbered([f.name for f in self.functions]), strict=True)
+        ]
         self.weights = [1.0] * len(specs) if weights is None else [float(w) for w in weights]
         require(
             len(self.weights) == len(specs),
@@ -187,6 +194,7 @@ class Judge:
             RewardError: an exception in a function, a wrong number of scores, NaN, inf, or no number.
         """
         log = Log() if log is None else log
+        log.count = len(completions)
         everything = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         everything.update(trainer_state=trainer_state, log_extra=log.log_extra, log_metric=log.log_metric)
         outputs = _run_all(self.functions, everything)
@@ -226,11 +234,28 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
             if not function.is_async:
                 try:
                     results[function.name] = function.call(**function.arguments(everything))
+                except RewardError:
+                    raise  # it says already what is wrong
                 except Exception as error:
                     raise named(function, error) from error
         if future is not None:
             results.update(zip((f.name for f in slow), future.result(), strict=True))
     return [results[f.name] for f in functions]
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind those that stand more than once; all different."""
+    found: list[str] = []
+    for place, name in enumerate(names):
+        tries = [name] if names.count(name) == 1 else []
+        tries += [f"{name}_{place + i}" for i in range(2 * len(names))]
+        found.append(next(t for t in tries if t not in found and (t == name or t not in names)))
+    return found
+
+
+def _is_score(value: Any) -> bool:
+    """A number that is finite in single precision."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST_SCORE
 
 
 def checked(name: str, output: Any, completions: Sequence[Text]) -> list[float | None]:
@@ -249,8 +274,11 @@ def checked(name: str, output: Any, completions: Sequence[Text]) -> list[float |
         )
     scores: list[float | None] = []
     for i, value in enumerate(output):
-        number = value.item() if hasattr(value, "item") else value
-        if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+        try:
+            number = value.item() if hasattr(value, "item") else value
+        except (RuntimeError, ValueError):  # several numbers
+            number = value
+        if number is not None and not _is_score(number):
             raise RewardError(
                 f"reward function {name!r} returned {number!r} for sample {i} ({str(completions[i])[:80]!r}); a score "
                 "is a finite number, or None for 'cannot judge'"

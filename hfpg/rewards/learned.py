@@ -79,15 +79,15 @@ class ClassifierReward:
     @torch.no_grad()
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float]:
         """One logit per completion; batches are sorted by length, which changes no score beyond rounding."""
+        if not prompts:
+            return []
         texts = [self.text(p, c) for p, c in zip(prompts, completions, strict=True)]
         templated = bool(prompts) and not isinstance(prompts[0], str)
         limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 1 << 30))
-        encoded = self.tokenizer(
-            texts, truncation=True, max_length=limit, add_special_tokens=not templated, padding=False
-        ).input_ids
+        encoded = self._encode(texts, limit, special=not templated)
         scores = [0.0] * len(texts)
         ordered = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-        can_pad = self.tokenizer.pad_token_id is not None and self.model.config.pad_token_id is not None
+        can_pad = self.model.config.pad_token_id is not None
         start = 0
         while start < len(ordered):
             stop = start + 1
@@ -102,10 +102,21 @@ class ClassifierReward:
             start = stop
         return scores
 
+    def _encode(self, texts: list[str], limit: int, special: bool) -> list[list[int]]:
+        """Token ids of each text. One that is too long loses its beginning: the completion stands at the end."""
+        side = self.tokenizer.truncation_side
+        try:
+            self.tokenizer.truncation_side = "left"
+            return self.tokenizer(
+                texts, truncation=True, max_length=limit, add_special_tokens=special, padding=False
+            ).input_ids
+        finally:
+            self.tokenizer.truncation_side = side
+
     def _logits(self, ids: list[list[int]]) -> torch.Tensor:
         device = self.model.device
         width = max(1, max(map(len, ids)))
-        fill = self.tokenizer.pad_token_id or 0
+        fill = self.model.config.pad_token_id or 0  # decoder classifiers find the last token by this id
         rows = torch.tensor([row + [fill] * (width - len(row)) for row in ids], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
         return self.model(input_ids=rows, attention_mask=mask).logits

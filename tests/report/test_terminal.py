@@ -11,8 +11,18 @@ from hfpg.report.terminal import Terminal, percent, printable, spoken
 
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x1b[31m\x9b5m"
-BIDI = "\u202e\u2066\u200f\u061c"
-HOSTILE = [ESCAPES, "[/b] [bold]x[/] [link=http://x]", "a\nb\r\nc\t\x00\x7f", BIDI, "\u2028\u2029\x85", "", "😀é漢"]
+BIDI = "\u202a\u202e\u2066\u2069\u200e\u200f"
+HOSTILE = [
+    ESCAPES,
+    "[/b] [bold]x[/] [link=http://x]",
+    "a\nb\r\nc\t\x00\x7f",
+    BIDI,
+    "\u061c",
+    "\u2028\u2029",
+    "\x85",
+    "",
+    "😀é漢",
+]
 
 
 def terminal(live: bool, total: int = 10, **settings) -> tuple[Terminal, io.StringIO]:
