@@ -21,7 +21,8 @@ from transformers import TrainerState
 
 from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.learner import Learner
-from hfpg.models import ActorCritic, is_peft, load_value_head, save_actor_critic
+from hfpg.models import ActorCritic, load_value_head, save_actor_critic
+from hfpg.pretrained import is_peft
 
 
 FORMAT = 1

@@ -18,7 +18,7 @@ from hfpg.checkpoint import checkpoints
 from hfpg.config import ConfigError, TrainConfig, require
 from hfpg.data import PromptData, read_chat_template
 from hfpg.distributed import raise_together
-from hfpg.models import refuse_non_causal_class
+from hfpg.pretrained import refuse_non_causal_class
 from hfpg.rewards import Judge
 
 

@@ -22,8 +22,9 @@ from hfpg.distributed import gather_list, gather_rows, launch, raise_together
 from hfpg.events import Events
 from hfpg.generation.hf import HFGenerator
 from hfpg.learner import Learner
-from hfpg.models import ActorCritic, Reference, is_peft, load_policy, save_actor_critic
+from hfpg.models import ActorCritic, Reference, save_actor_critic
 from hfpg.ops.returns import token_rewards
+from hfpg.pretrained import is_peft, load_policy
 from hfpg.report.card import CardFacts, model_card
 from hfpg.report.metrics import describe, distinct_2, explained_variance, top_bigram_share
 from hfpg.report.recorder import Recorder, versions
@@ -404,21 +405,7 @@ class PolicyGradientTrainer:
 
     def summary(self, saved: Path, shown: int = 6) -> None:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
-        first, last = self.evaluations[0], self.evaluations[-1]
-        pairs = list(zip(first["shown"], last["shown"], strict=True))[:shown]
-        self.terminal.before_after([(p, b, s, a, t) for (p, b, s), (_, a, t) in pairs])
-        names = [n for n in first["metrics"] if n.startswith("eval_scores/")]
-        names += [f"eval_{n}" for n in ("kl_to_ref", "length", "entropy", "distinct_2", "top_bigram_share")]
-        rows = [
-            (n.removeprefix("eval_"), first["metrics"][n], last["metrics"][n]) for n in names if n in last["metrics"]
-        ]
-        self.terminal.panel(
-            f"{len(first['shown'])} held-out prompts, before → after {last['step']} steps",
-            [f"{name:<18}{before:+8.3f}  →  {after:+8.3f}   ({after - before:+.3f})" for name, before, after in rows],
-        )
-        self.terminal.say(f"\nThe tuned model, its tokenizer and the value head are in {saved}; it loads with")
-        self.terminal.say(f'  pipeline("text-generation", model="{saved}")')
-        self.terminal.say(f"Numbers, completions and checkpoints are in {self.output_dir}.")
+        self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), shown)
 
     # ── around the loop ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -249,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two writes; without this each answer waits 40 ms for an ACK
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # house: overrides printing with nothing, on purpose
         """Silent: `HubServer.log` is the record."""
 
     def handle_any(self) -> None:

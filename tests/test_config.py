@@ -228,8 +228,9 @@ def test_a_setting_that_cannot_be_says_why(changes: dict, sentence: str):
 
 
 def test_the_edges_that_are_allowed():
-    TrainConfig(top_p=1.0, top_k=0, learning_rate=0.0, save_steps=0, eval_steps=0, completions_steps=0)
-    TrainConfig(push_to_hub=True, hub_model_id="me/x", save_total_limit=1)
+    edges = dict(top_p=1.0, top_k=0, learning_rate=0.0, save_steps=0, eval_steps=0, completions_steps=0)
+    assert TrainConfig(**edges).to_dict().items() >= edges.items()
+    assert TrainConfig(push_to_hub=True, hub_model_id="me/x", save_total_limit=1).hub_model_id == "me/x"
 
 
 # ── every field does something

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from hfpg.config import ConfigError
-from hfpg.models import ActorCritic, Reference, load_actor_critic, load_policy, save_actor_critic
+from hfpg.models import ActorCritic, Reference, load_actor_critic, save_actor_critic
+from hfpg.pretrained import load_policy
 from tests import build, tiny
 
 

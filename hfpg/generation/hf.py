@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from hfpg.config import nearest, require
-from hfpg.models import causal_lm
 from hfpg.ops.keyed import gumbel_max, mix, row_keys
 from hfpg.ops.logprobs import chosen_logprobs, pack_bits, sampling_logits
+from hfpg.pretrained import causal_lm
 from hfpg.types import Prompts, Samples
 
 

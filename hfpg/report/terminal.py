@@ -118,6 +118,26 @@ class Terminal:
         """A closing summary."""
         self.console.print(Panel(Text("\n".join(lines)), title=Text(title), title_align="left", expand=False))
 
+    def summary(self, first: dict[str, Any], last: dict[str, Any], saved: str, folder: str, shown: int) -> None:
+        """The end of a run: two evaluations side by side, and how to load what was saved.
+
+        An evaluation is a dict of step, metrics, and shown: (prompt, completion, score) of every held-out prompt.
+        """
+        pairs = list(zip(first["shown"], last["shown"], strict=True))[:shown]
+        self.before_after([(p, b, s, a, t) for (p, b, s), (_, a, t) in pairs])
+        names = [n for n in first["metrics"] if n.startswith("eval_scores/")]
+        names += [f"eval_{n}" for n in ("kl_to_ref", "length", "entropy", "distinct_2", "top_bigram_share")]
+        rows = [
+            (n.removeprefix("eval_"), first["metrics"][n], last["metrics"][n]) for n in names if n in last["metrics"]
+        ]
+        self.panel(
+            f"{len(first['shown'])} held-out prompts, before → after {last['step']} steps",
+            [f"{name:<18}{before:+8.3f}  →  {after:+8.3f}   ({after - before:+.3f})" for name, before, after in rows],
+        )
+        self.say(f"\nThe tuned model, its tokenizer and the value head are in {saved}; it loads with")
+        self.say(f'  pipeline("text-generation", model="{saved}")')
+        self.say(f"Numbers, completions and checkpoints are in {folder}.")
+
     def stop(self) -> None:
         """Leave the live view; safe to call twice."""
         if self.live is not None:

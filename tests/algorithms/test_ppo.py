@@ -220,5 +220,5 @@ def test_a_bound_below_0_is_refused(changes: dict[str, float]):
 
 
 def test_the_edges_that_are_allowed():
-    PPO(lam=0.0, gamma=1.0, kl_coef=0.0, dual_clip=3.0)
-    PPO(lam=1.0, kl_target=6.0)
+    assert PPO(lam=0.0, gamma=1.0, kl_coef=0.0, dual_clip=3.0).init().kl_coef == 0.0
+    assert PPO(lam=1.0, kl_target=6.0).kl_target == 6.0

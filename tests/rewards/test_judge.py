@@ -370,7 +370,7 @@ def test_a_good_function_passes_the_dry_call_and_its_words_are_forgotten():
         log_metric("y", 1)
         return [None] * len(completions)
 
-    dry([length, logs])
+    assert dry([length, logs]) is None
 
 
 def test_the_dry_call_has_completions_of_the_kind_of_the_prompts():

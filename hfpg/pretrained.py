@@ -1,0 +1,105 @@
+"""Pretrained causal LMs: loading them from the Hub or a folder, and refusing what is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hfpg.config import ConfigError, no_progress_bar, require
+
+
+def load_policy(
+    model: str | PreTrainedModel | Any,
+    *,
+    peft_config: Any = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A causal LM, ready to be trained, from a Hub id, a folder, a PreTrainedModel or a PeftModel.
+
+    A folder or repository that holds a PEFT adapter is loaded with its base model. A given model is used as it is
+    and will be trained in place. With `peft_config` the model is wrapped; only the adapter is trained.
+
+    Raises:
+        ConfigError: not found, not a causal LM, an encoder–decoder, prompt-learning PEFT, or `peft_config` together
+            with a model that already has an adapter.
+    """
+    if isinstance(model, str):
+        model = _load(model, revision, trust_remote_code, dtype)
+    refuse_non_causal_class(model.config, type(model).__name__)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        require(
+            not is_peft(model), "peft_config is given, but the model already has an adapter; leave one of them out"
+        )
+        try:
+            model = get_peft_model(model, peft_config)
+        except ValueError as error:
+            leaves = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise ConfigError(
+                f"peft_config does not fit the model: {error}; its linear modules are {leaves}"
+            ) from None
+    if is_peft(model):
+        config = model.active_peft_config
+        require(
+            not config.is_prompt_learning,
+            f"{config.peft_type} is not supported: its virtual tokens shift every position; use LoRA",
+        )
+        # an adapter loaded for inference is frozen; here it is there to be trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = parameter.requires_grad or f".{model.active_adapter}." in name
+    model.eval()
+    require(any(p.requires_grad for p in model.parameters()), "no parameter of the model requires a gradient")
+    return model
+
+
+def _load(name: str, revision: str, trust_remote_code: bool, dtype: torch.dtype) -> Any:
+    try:
+        if (Path(name) / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            with no_progress_bar():
+                return AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, is_trainable=True)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        refuse_non_causal_class(config, name)
+        with no_progress_bar():
+            return AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype
+            )
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cannot load the model {name!r}: {first} (a Hub id such as 'gpt2' or a local folder works; private or "
+            "gated models need `hf auth login`)"
+        ) from error
+
+
+def refuse_non_causal_class(config: Any, name: str) -> None:
+    """Raise ConfigError for an encoder–decoder, or an architecture that has no causal LM class."""
+    kind = getattr(config, "model_type", "?")
+    require(
+        not getattr(config, "is_encoder_decoder", False),
+        f"{name} ({kind}) is an encoder–decoder, not a causal LM; use a decoder-only model such as 'gpt2'",
+    )
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    registered = type(config) in AutoModelForCausalLM._model_mapping
+    require(known or registered, f"{name} ({kind}) is not a causal LM; use a decoder-only model such as 'gpt2'")
+
+
+def is_peft(model: Any) -> bool:
+    """True for a PeftModel, without importing peft where it is not used."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def causal_lm(policy: Any) -> PreTrainedModel:
+    """The PreTrainedModel inside: LoRA layers are injected into it, so its forward is the adapted one."""
+    return policy.get_base_model() if is_peft(policy) else policy
