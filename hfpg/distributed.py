@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hfpg.config import TrainConfig, require
-from hfpg.generation.hf import pad_left, pad_right
-from hfpg.types import Rollout
+from hfpg.types import Rollout, join
 
 
 def launch(args: TrainConfig) -> Accelerator:
@@ -51,25 +49,8 @@ def gather_rows(accelerator: Accelerator, mine: Rollout) -> Rollout:
     parts = [mine]
     if accelerator.num_processes > 1:
         parts = [part.to(mine.scores.device) for part in gather_object([mine.to("cpu")])]
-    rows = join_rows(parts)
+    rows = join(parts)
     return rows.take(torch.argsort(rows.sample_ids))
-
-
-def join_rows(parts: Sequence[Rollout]) -> Rollout:
-    """One Rollout from several, prompts padded on the left and completions on the right."""
-    prompt, completion = (max(getattr(p, n).shape[1] for p in parts) for n in ("prompt_ids", "completion_ids"))
-
-    def joined(name: str) -> torch.Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        if tensors[0] is None:
-            return None
-        if name.startswith("prompt_"):
-            tensors = [pad_left(t, prompt) for t in tensors]
-        elif tensors[0].dim() > 1:
-            tensors = [pad_right(t, completion) for t in tensors]
-        return torch.cat(tensors)
-
-    return Rollout(**{name: joined(name) for name in Rollout.__dataclass_fields__})  # type: ignore[arg-type]
 
 
 def gather_list(accelerator: Accelerator, mine: list[Any]) -> list[Any]:

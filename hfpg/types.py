@@ -9,6 +9,7 @@ Every class is frozen; an optional field is absent by the algorithm's or the eng
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,6 +47,34 @@ class Rows:
         """The same rows with every tensor on `device`."""
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return type(self)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+def join(parts: Sequence[R]) -> R:
+    """One object with the rows of several: prompts padded on the left to the widest, completions on the right.
+
+    Padding is 0 and False. A field that is absent in any part is absent in the result.
+    """
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if any(v is None for v in values):
+            return None
+        if not isinstance(values[0], Tensor):
+            return [item for value in values for item in value]
+        if values[0].dim() > 1:
+            width = max(v.shape[1] for v in values)
+            values = [_pad(v, width - v.shape[1], left=name.startswith("prompt_")) for v in values]
+        return torch.cat(values)
+
+    return type(parts[0])(**{field.name: joined(field.name) for field in dataclasses.fields(parts[0])})
+
+
+def _pad(x: Tensor, count: int, left: bool) -> Tensor:
+    """`count` more columns of 0 in dimension 1."""
+    zeros = x.new_zeros((x.shape[0], count, *x.shape[2:]))
+    return torch.cat([zeros, x] if left else [x, zeros], 1)
 
 
 @dataclass(frozen=True)

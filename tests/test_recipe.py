@@ -58,7 +58,9 @@ def test_the_users_own_model_reward_and_data(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["config"]["max_steps"] == 2, "flags win over the file"
-    assert about["config"]["learning_rate"] == 1e-4 and about["algorithm"]["epochs"] == 1, "the file wins over defaults"
+    assert about["config"]["learning_rate"] == 1e-4 and about["algorithm"]["epochs"] == 1, (
+        "the file wins over defaults"
+    )
     assert about["algorithm"]["minibatches"] == 2 and about["rewards"] == ["judge", "judge_b"]
     tuned = load_policy(str(tmp_path / "out" / "final"))
     gap = max((a - b).abs().max() for a, b in zip(tuned.parameters(), model.parameters(), strict=True))

@@ -24,7 +24,7 @@ from hfpg.config import nearest, require
 from hfpg.ops.keyed import gumbel_max, mix, row_keys
 from hfpg.ops.logprobs import chosen_logprobs, pack_bits, sampling_logits
 from hfpg.pretrained import causal_lm
-from hfpg.types import Prompts, Samples
+from hfpg.types import Prompts, Samples, join
 
 
 # Options of `generate` that leave the distribution of the tokens alone. Every other one is refused for training: the
@@ -82,7 +82,7 @@ class HFGenerator:
         size = max(1, self.max_tokens // (prompts.ids.shape[1] + self.max_completion_length))
         groups = [torch.arange(len(prompts))[i : i + size] for i in range(0, len(prompts), size)]
         parts = [self._generate(lm, prompts.take(rows)) for rows in groups]
-        return join_samples(parts)
+        return join(parts)
 
     def _generate(self, lm: PreTrainedModel, prompts: Prompts) -> Samples:
         width = prompts.ids.shape[1]
@@ -189,34 +189,3 @@ def fresh_generation_config(lm: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         lm.generation_config = own
-
-
-def pad_right(x: Tensor, length: int, fill: int | bool | float = 0) -> Tensor:
-    """Dimension 1 padded at its end to `length`."""
-    shape = (x.shape[0], length - x.shape[1], *x.shape[2:])
-    return torch.cat([x, torch.full(shape, fill, dtype=x.dtype, device=x.device)], 1)
-
-
-def pad_left(x: Tensor, length: int, fill: int | bool = 0) -> Tensor:
-    """Dimension 1 padded at its start to `length`."""
-    shape = (x.shape[0], length - x.shape[1], *x.shape[2:])
-    return torch.cat([torch.full(shape, fill, dtype=x.dtype, device=x.device), x], 1)
-
-
-def join_samples(parts: Sequence[Samples]) -> Samples:
-    """One Samples from several: prompts padded to the widest on the left, completions to the longest on the right."""
-    if len(parts) == 1:
-        return parts[0]
-    prompt, completion = max(p.prompt_ids.shape[1] for p in parts), max(p.completion_ids.shape[1] for p in parts)
-
-    def joined(name: str) -> Any:
-        tensors = [getattr(part, name) for part in parts]
-        if any(t is None for t in tensors):
-            return None
-        if name.startswith("prompt_"):
-            tensors = [pad_left(t, prompt) for t in tensors]
-        elif tensors[0].dim() > 1:
-            tensors = [pad_right(t, completion) for t in tensors]
-        return torch.cat(tensors)
-
-    return Samples(**{name: joined(name) for name in Samples.__dataclass_fields__})

@@ -6,8 +6,9 @@ from transformers import GenerationConfig
 
 from hfpg.config import ConfigError
 from hfpg.data import PromptData
-from hfpg.generation.hf import HFGenerator, join_samples
+from hfpg.generation.hf import HFGenerator
 from hfpg.models import ActorCritic
+from hfpg.types import join
 from tests import build, tiny
 
 
@@ -23,7 +24,7 @@ def test_tokens_do_not_depend_on_batch_split_or_padding_width():
         stop = min(start + 97, 1700)
         parts.append(generator(actor.policy, data.rows(range(start, stop), ids[start:stop], 1, "cpu")))
         start = stop
-    split = join_samples(parts)
+    split = join(parts)
     compared = int(whole.completion_mask.sum())
     mismatches = int((whole.completion_ids != split.completion_ids).sum())
     print(f"{compared} tokens compared, {mismatches} mismatches")
