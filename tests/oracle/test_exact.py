@@ -1,0 +1,127 @@
+"""The expected gradient of each method, computed exactly by hfpg's own rollout → estimate → loss → Learner."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from hfpg.algorithms import PPO, Reinforce
+from hfpg.algorithms.reinforce import ReinforceState
+from hfpg.ops.returns import token_rewards
+from tests.oracle.world import PROMPTS, World, error
+
+
+EXACT = 1e-10  # float64; single precision anywhere on the way would give 1e-7
+
+
+def test_the_world_is_a_world():
+    world = World()
+    p = world.probabilities().detach()
+    for prompt in range(len(PROMPTS)):
+        assert float(p[world.samples.group_ids == prompt].sum()) == pytest.approx(1, abs=1e-12)
+    assert torch.allclose(world.rollout().old_logprobs, world.logprobs(), atol=1e-12)
+    assert world.rollout().old_logprobs.dtype == torch.float64
+    assert p.min() > 1e-4 and world.objective_gradient().norm() > 0.01
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("baseline", ["none", "ema", "value"])
+def test_reinforce_is_unbiased(baseline, kl_coef, temperature):
+    """With any past mean, with any value function, and with KL to a different reference in the reward."""
+    world = World("shared" if baseline == "value" else None, temperature)
+    algorithm = Reinforce(baseline=baseline, kl_coef=kl_coef, value_coef=0.0)
+    state = ReinforceState(kl_coef, return_total=0.9, return_weight=0.5)
+    found = world.estimated_gradient(algorithm, world.rollout(), state)
+    assert error(found, world.objective_gradient(kl_coef)) < EXACT
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_ppo_takes_the_policy_gradient_first(kl_coef, value):
+    """At ratio 1, λ = 1, any value function, without whitening, summed over sequences."""
+    world = World(value)
+    algorithm = PPO(
+        kl_coef=kl_coef,
+        value=value,
+        whiten_advantages=False,
+        value_coef=0.0,
+        aggregation="sequence_sum",
+        dual_clip=3.0,
+    )
+    assert error(world.estimated_gradient(algorithm, world.rollout()), world.objective_gradient(kl_coef)) < EXACT
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_gae_is_unbiased_with_the_exact_value_function_for_every_lambda(lam):
+    world = World("shared")
+    algorithm = PPO(kl_coef=0.0, lam=lam, whiten_advantages=False, value_coef=0.0, aggregation="sequence_sum")
+    rollout = world.rollout(values=world.exact_values())
+    assert error(world.estimated_gradient(algorithm, rollout), world.objective_gradient()) < EXACT
+
+
+def test_gae_with_a_wrong_value_function_is_biased_below_lambda_one():
+    """The documented bias: a silent change of λ's meaning would lose it."""
+    world = World("shared")
+    truth, errors = world.objective_gradient(), []
+    for lam in (0.0, 0.5, 0.95):
+        algorithm = PPO(kl_coef=0.0, lam=lam, whiten_advantages=False, value_coef=0.0, aggregation="sequence_sum")
+        errors.append(error(world.estimated_gradient(algorithm, world.rollout()), truth))
+    assert errors[0] > errors[1] > errors[2] > 1e-3
+
+
+def test_leave_one_out_over_pairs_is_unbiased():
+    """The batch baseline, end to end: every pair of completions, weighted by its probability."""
+    world = World(temperature=1.3)
+    rollout, algorithm = world.rollout(), Reinforce(baseline="batch", kl_coef=0.3)
+    expected = torch.zeros_like(world.objective_gradient())
+    prompt = 0
+    rows = (world.samples.group_ids == prompt).nonzero()[:, 0].tolist()
+    p = world.probabilities().detach()
+    for pair in itertools.product(rows, repeat=2):
+        two = rollout.take(torch.tensor(pair))
+        two = dataclasses.replace(two, weights=torch.ones(2, dtype=torch.float64))
+        expected += p[pair[0]] * p[pair[1]] * world.estimated_gradient(algorithm, two)
+    world.scores = torch.where(world.samples.group_ids == prompt, world.scores, 0)
+    weights = (world.samples.group_ids == prompt).double()
+    value = world.scores - 0.3 * (world.logprobs().sum(1) - rollout.ref_logprobs.sum(1))
+    truth = world.flat(
+        torch.autograd.grad((world.probabilities() * value * weights).sum(), world.parameters, allow_unused=True)
+    )
+    assert error(expected, truth) < EXACT
+
+
+@pytest.mark.parametrize(("aggregation", "least", "most"), [("constant", -EXACT, EXACT), ("token_mean", 1e-3, 0.5)])
+def test_other_aggregations_keep_or_tilt_the_direction_as_documented(aggregation, least, most):
+    """`constant` is ∇J up to a factor; a mean over tokens favours short rows, a direction error."""
+    world = World(max_completion_length=3)
+    truth = world.objective_gradient()
+    found = world.estimated_gradient(Reinforce(baseline="none", kl_coef=0.0, aggregation=aggregation), world.rollout())
+    tilt = 1 - float(torch.nn.functional.cosine_similarity(found, truth, dim=0))
+    assert least <= tilt < most
+    if aggregation == "constant":
+        assert error(found * 3, truth) < EXACT
+
+
+def test_the_oracle_catches_eos_without_gradient():
+    """The classic bug: padding taken for EOS's sake out of the loss. It still learns; the oracle sees it."""
+    world = World()
+    rollout, algorithm = world.rollout(), Reinforce(baseline="none", kl_coef=0.0)
+    rewards = token_rewards(rollout.scores, rollout.completion_mask)
+    credit, _ = algorithm.estimate(rollout, rewards, algorithm.init())
+    ended = rollout.completion_mask & (rollout.completion_ids == 0)
+    broken = dataclasses.replace(credit, advantages=torch.where(ended, 0, credit.advantages))
+    world.actor.zero_grad()
+    world.learner.gradient(rollout, broken, algorithm.loss, "sequence_sum")
+    found = -world.flat([p.grad for p in world.parameters])
+    assert error(found, world.objective_gradient()) > 0.1
+
+
+def test_the_oracle_catches_logprobs_at_another_temperature():
+    world = World(temperature=0.7)
+    truth = world.objective_gradient()
+    rollout = world.rollout()
+    world.learner.args.temperature = 1.0
+    algorithm = Reinforce(baseline="none", kl_coef=0.0)
+    assert error(world.estimated_gradient(algorithm, rollout), truth) > 0.05

@@ -1,0 +1,142 @@
+"""A world small enough to enumerate: every completion of every prompt, with its probability, through hfpg's own code.
+
+Vocabulary {0 = EOS, 1, 2}, at most T = 3 tokens, two prompts of different lengths (left-padded), a tiny GPT-2 in
+float64. A batch of *all* completions with row weight π(y|x) turns an estimator's expectation into one gradient: what
+the Learner accumulates is then E[gradient], exactly, to be compared with autograd on J itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfpg.learner import Learner
+from hfpg.models import ActorCritic, Reference
+from hfpg.ops.returns import token_rewards
+from hfpg.types import Rollout, Samples
+from tests import build, tiny
+
+
+VOCABULARY, LONGEST = 3, 3
+PROMPTS = ([1, 2, 1], [2])
+
+
+def completions() -> list[list[int]]:
+    """Every completion: it ends with EOS (0) or is cut at LONGEST tokens."""
+    found: list[list[int]] = []
+    for length in range(1, LONGEST + 1):
+        for body in itertools.product(range(1, VOCABULARY), repeat=length - 1):
+            found += [[*body, last] for last in range(VOCABULARY) if last == 0 or length == LONGEST]
+    return found
+
+
+def reward(prompt: int, completion: list[int]) -> float:
+    """An arbitrary table: depends on prompt, tokens, order and length, with an offset per prompt."""
+    seen = sum((i + 1) * (token + 0.7) ** 2 for i, token in enumerate(completion))
+    return float(torch.sin(torch.tensor(3.1 * seen + prompt, dtype=torch.float64))) + 2.0 * prompt
+
+
+class World:
+    """All (prompt, completion) rows, a policy, a different reference, and a learner on them."""
+
+    def __init__(self, value: Any = None, temperature: float = 1.0, **settings: Any):
+        texts = completions()
+        pairs = [(p, y) for p in range(len(PROMPTS)) for y in texts]
+        width = max(map(len, PROMPTS))
+        ids, mask = (
+            torch.zeros(len(pairs), LONGEST, dtype=torch.long),
+            torch.zeros(len(pairs), LONGEST, dtype=torch.bool),
+        )
+        prompt_ids = torch.zeros(len(pairs), width, dtype=torch.long)
+        prompt_mask = torch.zeros(len(pairs), width, dtype=torch.bool)
+        for row, (p, y) in enumerate(pairs):
+            ids[row, : len(y)], mask[row, : len(y)] = torch.tensor(y), True
+            prompt_ids[row, width - len(PROMPTS[p]) :] = torch.tensor(PROMPTS[p])
+            prompt_mask[row, width - len(PROMPTS[p]) :] = True
+        self.samples = Samples(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=ids,
+            completion_mask=mask,
+            finished=torch.tensor([y[-1] == 0 for _, y in pairs]),
+            sample_ids=torch.arange(len(pairs)),
+            group_ids=torch.tensor([p for p, _ in pairs]),
+        )
+        self.scores = torch.tensor([reward(p, y) for p, y in pairs], dtype=torch.float64)
+        self.actor = ActorCritic(tiny.model("gpt2", seed=3, vocabulary=VOCABULARY).double(), value)
+        self.reference = Reference(self.actor)
+        with torch.no_grad():  # a reference that differs from the policy, and a value function that knows nothing
+            for parameter in self.reference.scorer.parameters():
+                parameter.mul_(1.1)
+            if self.actor.value is not None:
+                self.actor.value.double()
+                self.actor.value.linear.weight.normal_(generator=torch.Generator().manual_seed(5))
+        self.temperature = temperature
+        self.learner: Learner = build.learner(
+            self.actor, temperature=temperature, max_tokens_per_micro_batch=40, **settings
+        )
+        self.learner.reference = self.reference
+        self.parameters = [p for n, p in self.actor.named_parameters() if not n.startswith("value.")]
+
+    def logprobs(self) -> Tensor:
+        """log π(y_t | x, y_<t), [B, C], with gradient: the definition, by one plain forward of the model."""
+        s = self.samples
+        attention = torch.cat([s.prompt_mask, s.completion_mask], 1).long()
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        inputs = torch.cat([s.prompt_ids, s.completion_ids], 1)
+        logits = self.actor.policy(input_ids=inputs, attention_mask=attention, position_ids=positions).logits
+        logp = (logits[:, s.prompt_ids.shape[1] - 1 : -1] / self.temperature).log_softmax(-1)
+        return logp.gather(2, s.completion_ids[..., None])[..., 0] * s.completion_mask
+
+    def probabilities(self) -> Tensor:
+        """π(y|x) of every row, [B]; they sum to 1 per prompt."""
+        return self.logprobs().sum(1).exp()
+
+    def objective_gradient(self, kl_coef: float = 0.0) -> Tensor:
+        """∇ of J = mean over prompts of Σ_y π(y|x) (r(x, y) − β log π(y|x)/π_ref(y|x)), by autograd on the sum."""
+        p = self.probabilities()
+        value = self.scores
+        if kl_coef:
+            reference = self.rollout().ref_logprobs.sum(1)
+            value = value - kl_coef * (p.log() - reference)
+        return self.flat(torch.autograd.grad((p * value).sum() / len(PROMPTS), self.parameters, allow_unused=True))
+
+    def rollout(self, **changes: Any) -> Rollout:
+        """All rows, scored by the learner, weighted by π(y|x)."""
+        old, spread, ref, values = self.learner.score(self.samples)
+        fields = {name: getattr(self.samples, name) for name in Samples.__dataclass_fields__}
+        fields |= dict(scores=self.scores, weights=self.probabilities().detach(), old_logprobs=old, entropy=spread)
+        return Rollout(**(fields | dict(ref_logprobs=ref, values=values) | changes))
+
+    def estimated_gradient(self, algorithm: Any, rollout: Rollout, state: Any = None) -> Tensor:
+        """What the algorithm's estimate and loss make the Learner accumulate, with the sign of ascent."""
+        ratio = rollout.old_logprobs - rollout.ref_logprobs
+        rewards = token_rewards(rollout.scores, rollout.completion_mask, ratio, algorithm.kl_coef)
+        credit, _ = algorithm.estimate(rollout, rewards, state or algorithm.init())
+        self.actor.zero_grad()
+        self.learner.gradient(rollout, credit, algorithm.loss, algorithm.aggregation)
+        return -self.flat([p.grad for p in self.parameters])
+
+    def flat(self, gradients: Any) -> Tensor:
+        """One vector; a parameter without gradient counts as 0."""
+        pairs = zip(gradients, self.parameters, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+    def exact_values(self) -> Tensor:
+        """V(s_t) = E[score | x, y_<t] of every row, [B, C], by summing over the rows that share the prefix."""
+        p, values = self.probabilities().detach(), torch.zeros(self.samples.completion_ids.shape, dtype=torch.float64)
+        ids, groups = self.samples.completion_ids, self.samples.group_ids
+        for row in range(len(ids)):
+            for t in range(int(self.samples.completion_mask[row].sum())):
+                same = (groups == groups[row]) & (ids[:, :t] == ids[row, :t]).all(1)
+                same &= self.samples.completion_mask[:, t]
+                values[row, t] = (p * self.scores)[same].sum() / p[same].sum()
+        return values
+
+
+def error(estimate: Tensor, truth: Tensor) -> float:
+    """Relative L2 distance."""
+    return float((estimate - truth).norm() / truth.norm())
