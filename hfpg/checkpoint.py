@@ -28,6 +28,12 @@ from hfpg.pretrained import is_peft
 FORMAT = 1
 STATE_FILE = "hfpg_state.json"  # written last: a folder without it is no checkpoint
 OPTIMIZER_FILE = "optimizer.safetensors"
+MAY_CHANGE = {  # every other setting changes what is trained
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "max_steps", "use_cpu"),
+    *("torch_threads", "max_tokens_per_micro_batch", "logging_steps", "completions_steps", "num_completions_to_print"),
+    *("eval_steps", "eval_on_start", "report_to", "disable_tqdm", "save_steps", "save_total_limit", "push_to_hub"),
+    *("hub_model_id", "hub_private_repo", "model_revision", "trust_remote_code"),
+}
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -36,7 +42,6 @@ class RunState:
     """Where a run stands, beside the weights: everything that is not a function of the seed."""
 
     position: int = 0  # prompts taken from the endless stream
-    samples_drawn: int = 0  # the next sample id
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -51,7 +56,7 @@ def save_checkpoint(
     tokenizer.save_pretrained(work)
     save_file(learner.optimizer_state(), work / OPTIMIZER_FILE)
     trainer_state.save_to_json(str(work / "trainer_state.json"))
-    state = {"format": FORMAT, "turn": learner.turn, "run": dataclasses.asdict(run), "config": config}
+    state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config}
     (work / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(work, target)
@@ -62,6 +67,15 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints beyond `step`: the run goes on from there, and a later "newest" must not find them."""
+    for path in checkpoints(folder):
+        if int(path.name.split("-")[1]) > step:
+            aside = path.with_name(f"{path.name}.abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
 
 
 def rotate(folder: Path, keep: int | None) -> None:
@@ -106,14 +120,34 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, learner: Learner) -> tuple[TrainerState, RunState]:
-    """Put weights, value head and optimizer of a checkpoint into `learner`; returns the states saved with them."""
+def check_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """A run goes on with the settings that it began with; how long it is, watched and kept may change."""
+    changed = [
+        f"{name}: {saved[name]!r} then, {now[name]!r} now"
+        for name in now
+        if name in saved and name not in MAY_CHANGE and saved[name] != now[name]
+    ]
+    require(
+        not changed,
+        f"{path} was trained with other settings ({'; '.join(changed)}); resume with those, or start a new run from "
+        f"its weights with model={str(path)!r}",
+    )
+
+
+def load_checkpoint(path: Path, learner: Learner, config: dict[str, Any]) -> tuple[TrainerState, RunState]:
+    """Put weights, value head and optimizer of a checkpoint into `learner`; returns the states saved with them.
+
+    Raises:
+        ConfigError: a newer format, or settings other than `config`.
+    """
     state = read_state(path)
+    check_settings(path, state["config"], config)
     tensors = load_file(path / OPTIMIZER_FILE)
     load_policy_weights(learner.actor, path)
     load_value_head(learner.actor, path)
-    learner.load_optimizer_state(tensors, state["turn"])
-    return TrainerState.load_from_json(str(path / "trainer_state.json")), RunState(**state["run"])
+    trainer_state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+    learner.load_optimizer_state(tensors, trainer_state.global_step)
+    return trainer_state, RunState(**state["run"])
 
 
 def load_policy_weights(actor: ActorCritic, path: Path) -> None:

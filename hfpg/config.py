@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,9 @@ class TrainConfig:
 
     # where
     output_dir: str | None = field(None, "Folder of the run. Default: the next free runs/ALGORITHM-MODEL folder.")
-    overwrite_output_dir: bool = field(False, "Start again in a folder that holds a run: its files are removed first.")
+    overwrite_output_dir: bool = field(
+        False, "Start again in a folder that holds a run: its checkpoints and records go."
+    )
     resume_from_checkpoint: str | None = field(
         None, "'True': the newest checkpoint of output_dir; or the path of a checkpoint folder."
     )
@@ -74,7 +77,9 @@ class TrainConfig:
     # optimisation
     learning_rate: float = field(1e-5, "Peak learning rate of the policy (AdamW).")
     value_learning_rate: float | None = field(None, "Learning rate of the value head. Default: learning_rate.")
-    lr_scheduler_type: str = field("linear", "Schedule of transformers: linear, cosine, constant, …")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = field("linear", "Schedule of transformers, over max_steps.")
     warmup_steps: int = field(0, "Steps of linear warm-up.")
     weight_decay: float = field(0.0, "AdamW weight decay, on matrices only.")
     adam_beta1: float = field(0.9, "AdamW β₁.")
@@ -109,6 +114,7 @@ class TrainConfig:
     trust_remote_code: bool = field(False, "Run model code from the Hub repository. Never applies to judges.")
 
     def __post_init__(self) -> None:
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         check_choices(self)
         for name in ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -120,8 +126,15 @@ class TrainConfig:
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (no cut) or more")
         require(self.max_grad_norm > 0, f"max_grad_norm={self.max_grad_norm} must be above 0, such as 1.0")
         require(self.learning_rate >= 0, f"learning_rate={self.learning_rate} must not be negative")
-        for name in ("logging_steps",):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.logging_steps >= 1, f"logging_steps={self.logging_steps} must be at least 1")
+        require(
+            self.torch_threads is None or self.torch_threads >= 1,
+            f"torch_threads={self.torch_threads} must be at least 1, or absent to use all cores",
+        )
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        rate = self.value_learning_rate
+        require(rate is None or rate >= 0, f"value_learning_rate={rate} must not be negative")
         for name in ("eval_steps", "save_steps", "completions_steps", "warmup_steps"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
         require(
@@ -147,7 +160,7 @@ def require(holds: bool, message: str) -> None:
 def check_choices(settings: Any) -> None:
     """Raise ConfigError where a `Literal` field of a dataclass instance holds something else."""
     for name, kind in typing.get_type_hints(type(settings)).items():
-        options = [o for k in (typing.get_args(kind) or ()) for o in (typing.get_args(k) or (k,))]
+        options = list(typing.get_args(kind))
         if typing.get_origin(kind) is Literal and getattr(settings, name) not in options:
             raise ConfigError(f"{name}={getattr(settings, name)!r} is unknown; choose from {options}")
 
@@ -308,6 +321,10 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+SECRET = re.compile(r"hf_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
+"""An access token of the Hub: it must stand in no file that hfpg writes or pushes."""
 
 
 class _Parser(HfArgumentParser):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list, gather_object
 
 from hfpg.config import TrainConfig, require
 from hfpg.types import Rollout, join
+
+
+logger = logging.getLogger(__name__)
 
 
 def launch(args: TrainConfig) -> Accelerator:
@@ -21,14 +27,32 @@ def launch(args: TrainConfig) -> Accelerator:
 
     Raises:
         ConfigError: launched as several processes of which Accelerate sees one (each would train alone, over the
-            other's files), or bf16 on hardware without it.
+            other's files); a tracker that is not installed; a kind of parallelism or precision that is not supported.
     """
     trackers = [name for name in args.report_to if name != "none"]
+    installed = [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    for name in trackers:
+        require(
+            name in installed, f"report_to={name!r}: that tracker is not installed; there are {installed or 'none'}"
+        )
+    apple = not torch.cuda.is_available() and torch.backends.mps.is_available()
+    if apple:
+        logger.warning("training on the CPU: Apple's GPU has no float64, which sampling and statistics need")
     accelerator = Accelerator(
-        cpu=args.use_cpu or None,
-        mixed_precision="bf16" if args.bf16 else "no",
+        cpu=args.use_cpu or apple or None,
+        mixed_precision="bf16" if args.bf16 else None,  # None: what `accelerate launch` says
         log_with=trackers or None,
-        project_dir=args.output_dir if trackers else None,
+        project_dir=(args.output_dir or "runs") if trackers else None,
+    )
+    accelerator.gradient_accumulation_steps = 1  # the launcher's setting would scale the gradient
+    require(
+        accelerator.mixed_precision in ("no", "bf16"),
+        f"mixed_precision={accelerator.mixed_precision!r} is not supported; use bf16, or no",
+    )
+    kind = str(accelerator.distributed_type.value)
+    require(
+        kind in ("NO", "MULTI_CPU", "MULTI_GPU"),
+        f"{kind} is not supported; hfpg runs one process, or several with DDP (accelerate launch --multi_gpu)",
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     require(
@@ -37,11 +61,19 @@ def launch(args: TrainConfig) -> Accelerator:
         f"`ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {world} …`, on GPUs "
         f"`accelerate launch --multi_gpu --num_processes {world} …`",
     )
+    if world > 1:
+        atexit.register(leave)
     if accelerator.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(args.torch_threads or max(1, cores // local))
     return accelerator
+
+
+def leave() -> None:
+    """End the process group at exit: without it a finished run of several processes aborts."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def gather_rows(accelerator: Accelerator, mine: Rollout) -> Rollout:
@@ -66,3 +98,10 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
     failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
     if failed:
         raise RuntimeError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+
+
+def same_everywhere(accelerator: Accelerator, values: list[Any]) -> list[Any]:
+    """The main process's values on every rank."""
+    if accelerator.num_processes > 1:
+        broadcast_object_list(values)
+    return values

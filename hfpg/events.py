@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, T
 from transformers.trainer_callback import CallbackHandler
 
 from hfpg.config import TrainConfig
+from hfpg.distributed import same_everywhere
 
 
 def training_arguments(args: TrainConfig) -> TrainingArguments:
@@ -35,6 +37,8 @@ def training_arguments(args: TrainConfig) -> TrainingArguments:
         disable_tqdm=args.disable_tqdm,
         bf16=args.bf16,
         use_cpu=args.use_cpu,
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
         accelerator_config={"use_configured_state": True},  # or it would reset the Accelerator that exists
         report_to="none",
         push_to_hub=args.push_to_hub,
@@ -54,9 +58,9 @@ class Events:
         model: Any,
         processing_class: Any,
         learner: Any,
-        main: bool,
     ):
-        self.args = training_arguments(args)
+        self.args, self.accelerator = training_arguments(args), learner.accelerator
+        main = self.accelerator.is_main_process
         self.state = TrainerState(is_local_process_zero=main, is_world_process_zero=main, max_steps=args.max_steps)
         self.state.num_input_tokens_seen = 0
         self.control = TrainerControl()
@@ -93,9 +97,13 @@ class Events:
 
     def end_step(self, epoch: float) -> bool:
         """A step is done. True when a callback asks to go on with the next epoch at once."""
-        self.state.global_step += 1
         self.state.epoch = epoch
         self.fire("on_step_end")
+        # a callback may look at the clock, or at files of one machine: ranks must agree, or they wait for ever
+        names = [f.name for f in dataclasses.fields(self.control) if f.name.startswith("should_")]
+        flags = same_everywhere(self.accelerator, [getattr(self.control, name) for name in names])
+        for name, flag in zip(names, flags, strict=True):
+            setattr(self.control, name, flag)
         return self.control.should_epoch_stop
 
     def end_training(self) -> None:
@@ -113,3 +121,6 @@ class Events:
         """Metrics of an evaluation, likewise."""
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         self.fire("on_evaluate", metrics=metrics)
+        score = metrics.get("eval_score")
+        if score is not None and (self.state.best_metric is None or score > self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = score, self.state.global_step

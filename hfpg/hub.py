@@ -7,7 +7,6 @@ A push sends files of known names only, in one commit, after a search for access
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -27,6 +26,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+
+from hfpg.config import SECRET, ConfigError
 
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,11 @@ HUB_FILES = (*MODEL_FILES, *TOKENIZER_FILES, *VALUE_FILES, "hfpg.json", "README.
 """Names of the files that travel. `*` does not cross a folder. run.json, checkpoints, logs and pickles stay here."""
 
 POLICY_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
-SECRET = re.compile(rb"hf_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 WHOAMI_SECONDS = 30.0
 
 
-class HubError(RuntimeError):
+class HubError(ConfigError):
     """The Hub, or a folder on its way to the Hub, is not as it must be: what was seen, the rule, what to do."""
 
 
@@ -274,7 +274,7 @@ def _check_file(path: Path) -> None:
             content = file.read(int.from_bytes(file.read(8), "little") if path.stat().st_size > 8 else 0)
         else:
             content = file.read()
-    if SECRET.search(content):
+    if SECRET.search(content.decode("utf-8", "replace")):
         raise HubError(f"{path} has what looks like a Hub access token (hf_...) in it; remove it and push again")
 
 
@@ -336,4 +336,4 @@ def _why_not_pulled(repo_id: str, revision: str | None, error: Exception) -> str
 def _one_line(text: str) -> str:
     """The first line with text in it, at most 200 characters, with anything that looks like a token struck out."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
-    return re.sub(SECRET.pattern.decode(), "hf_***", line)[:200]
+    return SECRET.sub("hf_***", line)[:200]

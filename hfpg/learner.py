@@ -59,38 +59,36 @@ class Learner:
             eps=args.adam_epsilon,
         )
         self.model, self.optimizer = accelerator.prepare(actor, optimizer)
-        self.scheduler = get_scheduler(
-            args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
-        )
-        self.turn = 0
+        self.start_schedule(turn=0)
 
     # ── scoring
 
     @torch.no_grad()
-    def score(self, samples: Samples, with_reference: bool = True) -> OldScores:
+    def score(self, samples: Samples) -> OldScores:
         """log π_old, entropy, log π_ref and V(s_t) of samples, each [B, C]; the latter two None where absent.
 
         The same forward that trains, so the ratio of the first minibatch is 1 up to rounding.
         """
         shape = samples.completion_ids.shape
         old, spread, ref, values = (torch.zeros(shape, device=samples.completion_ids.device) for _ in range(4))
-        reference = self.reference if with_reference else None
         batches = micro_batches(
             samples.prompt_mask.sum(1), samples.completion_mask.sum(1), 4 * self.args.max_tokens_per_micro_batch
         )
         for rows in batches:
             inputs = model_inputs(trim(samples.take(rows)), self.args.temperature)
             width = inputs["completion_ids"].shape[1]
-            scored = self.actor(**inputs, with_entropy=True)
+            with self.accelerator.autocast():
+                scored = self.actor(**inputs, with_entropy=True)
+                reference = None if self.reference is None else self.reference.logprobs(**inputs)
             assert scored.entropy is not None  # asked for in the line above
             if scored.logprobs.dtype != old.dtype:  # a float64 policy stays float64
                 old, spread, ref, values = (x.to(scored.logprobs.dtype) for x in (old, spread, ref, values))
             old[rows, :width], spread[rows, :width] = scored.logprobs, scored.entropy
             if reference is not None:
-                ref[rows, :width] = reference.logprobs(**inputs).to(ref.dtype)
+                ref[rows, :width] = reference.to(ref.dtype)
             if scored.values is not None:
                 values[rows, :width] = scored.values.to(values.dtype)
-        return old, spread, ref if reference is not None else None, values if self.actor.value is not None else None
+        return old, spread, None if self.reference is None else ref, None if self.actor.value is None else values
 
     # ── training
 
@@ -109,8 +107,9 @@ class Learner:
         """`epochs` passes over the rollout in `minibatches` optimizer steps each.
 
         Rows are dealt to minibatches by a permutation that is a function of (seed, step, epoch). The update ends early
-        when a minibatch's mean `kl_to_old` exceeds `max_kl` (that minibatch is not stepped on) or its gradient is not
-        finite (skipped; parameters are left as they are). Returns metrics averaged over the minibatches done.
+        when a minibatch's mean `kl_to_old` exceeds `max_kl` (that minibatch is not stepped on), or its gradient is not
+        finite or no row of it has a weight (skipped; parameters are left as they are). Returns metrics averaged over
+        the minibatches done.
         """
         totals: dict[str, float] = {}
         steps, ended = 0, ""
@@ -118,13 +117,13 @@ class Learner:
         for epoch in range(epochs):
             order = permutation(len(rollout), self.args.seed, "minibatch", self.turn, epoch)
             for rows in order.tensor_split(minibatches):
-                metrics = self.gradient(rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy)
-                if not steps:
-                    first_error = metrics.pop("log_ratio_max")
-                metrics.pop("log_ratio_max", None)
+                metrics, largest = self.gradient(
+                    rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy
+                )
+                first_error = first_error if steps else largest
                 if max_kl is not None and metrics.get("kl_to_old", 0.0) > max_kl:
                     ended = "kl_stops"
-                elif not math.isfinite(norm := self.clip()):
+                elif not math.isfinite(norm := self.clip()) or not rollout.weights[rows].any():
                     ended = "skipped_steps"
                 else:
                     metrics["grad_norm"] = norm
@@ -147,11 +146,11 @@ class Learner:
         loss: LossFunction,
         aggregation: Aggregation,
         with_entropy: bool = False,
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], float]:
         """Accumulate the gradient of one minibatch (the same rows on every rank) in `.grad`, before clipping.
 
-        Returns the loss and the loss function's per-token metrics as token means over the minibatch, on every rank
-        the same, and `log_ratio_max`, the largest |log π_new − log π_old|.
+        Returns the loss and the loss function's per-token metrics as token means over the minibatch, and the largest
+        |log π_new − log π_old|; the same on every rank.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         longest = self.args.max_completion_length
@@ -193,9 +192,7 @@ class Learner:
                     sums[name] = sums.get(name, 0) + value.detach().double()
         names = sorted(sums)
         reduced = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="sum")
-        metrics = dict(zip(names, reduced.tolist(), strict=True))
-        metrics["log_ratio_max"] = float(self.accelerator.gather(largest[None]).max())
-        return metrics
+        return dict(zip(names, reduced.tolist(), strict=True)), float(self.accelerator.gather(largest[None]).max())
 
     def clip(self) -> float:
         """Scale the accumulated, reduced gradient down to `max_grad_norm`; returns the norm before."""
@@ -206,6 +203,21 @@ class Learner:
         self.on_event("on_pre_optimizer_step")
         self.optimizer.step()
         self.on_event("on_optimizer_step")
+
+    def start_schedule(self, turn: int) -> None:
+        """The learning rate of a turn of the page. Warm-up begins with a share of the rate, not with 0."""
+        groups, first = self.optimizer.param_groups, int(self.args.warmup_steps > 0)
+        for group in groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"])
+        self.scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            self.optimizer.optimizer,
+            num_warmup_steps=self.args.warmup_steps,
+            num_training_steps=self.args.max_steps + first,
+        )
+        self.turn = -first
+        while self.turn < turn:
+            self.end_turn()
 
     def end_turn(self) -> None:
         """One turn of the page is done: the learning rate moves on."""
@@ -242,8 +254,7 @@ class Learner:
             target = parameters[parameter]
             value = tensor.clone() if key == "step" else tensor.to(target.device)
             self.optimizer.optimizer.state[target][key] = value
-        while self.turn < turn:
-            self.end_turn()
+        self.start_schedule(turn)
 
 
 def parameter_groups(actor: ActorCritic, args: TrainConfig) -> list[dict[str, Any]]:

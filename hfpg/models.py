@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
 from hfpg.ops.logprobs import CHUNK_ELEMENTS, chosen_logprobs, entropy, sampling_logits, score_in_chunks
-from hfpg.pretrained import causal_lm, is_peft, load_policy
+from hfpg.pretrained import causal_lm, is_peft, load_policy, load_pretrained
 from hfpg.types import Scored
 
 
@@ -300,13 +301,15 @@ class Reference:
     memory); otherwise a frozen copy, or the `ref_model` given.
     """
 
-    def __init__(self, actor: ActorCritic, ref_model: Any = None, **load: Any):
+    def __init__(self, actor: ActorCritic, ref_model: Any = None):
         self.adapter_off = ref_model is None and is_peft(actor.policy) and self._adapter_is_inert(actor)
         if self.adapter_off:
             self.scorer = actor
             return
-        policy = copy.deepcopy(actor.policy) if ref_model is None else load_policy(ref_model, **load)
-        self.scorer = ActorCritic(policy.requires_grad_(False))
+        # a copy also of a model that is given: it may be the policy itself, and it must not change
+        given = actor.policy if ref_model is None else load_pretrained(ref_model)
+        policy = given if isinstance(ref_model, str) else copy.deepcopy(given)
+        self.scorer = ActorCritic(policy.to(next(actor.parameters()).device)).requires_grad_(False)
         require(
             self.scorer.vocabulary == actor.vocabulary,
             f"ref_model has {self.scorer.vocabulary} tokens and the policy {actor.vocabulary}; they must share one",
@@ -361,6 +364,18 @@ def load_actor_critic(path: str | Path, *, trust_remote_code: bool = False) -> A
     actor = ActorCritic(load_policy(str(path), trust_remote_code=trust_remote_code), kind)
     load_value_head(actor, path)
     return actor
+
+
+def find_value_head(model: Any, kind: ValueKind | None, revision: str = "main") -> Path | None:
+    """The folder of a value head of this kind that was saved with a model (Hub id or folder), or None."""
+    if kind is None or not isinstance(model, str):
+        return None
+    names = [ABOUT_FILE, HEAD_FILE] + ([f"{TRUNK_FOLDER}/model.safetensors"] if kind == "separate" else [])
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    found = [cached_file(model, name, revision=revision, **quiet) for name in names]
+    if any(path is None for path in found) or json.loads(Path(found[0]).read_text())["value"] != kind:
+        return None
+    return Path(found[0]).parent
 
 
 def load_value_head(actor: ActorCritic, folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -11,18 +12,17 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hfpg import hub
 from hfpg.checkpoint import checkpoints
 from hfpg.config import ConfigError, TrainConfig, require
 from hfpg.data import PromptData, read_chat_template
 from hfpg.distributed import raise_together
-from hfpg.pretrained import refuse_non_causal_class
 from hfpg.rewards import Judge
 
 
-OURS = ("run.json", "metrics.jsonl", "completions.jsonl")  # files that a run writes beside its checkpoints
+OURS = ("run.json", "metrics.jsonl", "completions.jsonl", "final", "interrupted")  # beside the checkpoints
 
 
 def check_namespace(algorithm: Any) -> None:
@@ -59,8 +59,10 @@ def check_data(data: PromptData, args: TrainConfig) -> None:
     )
 
 
-def check_eval(data: PromptData | None, processes: int) -> None:
-    """Every process evaluates at least one prompt."""
+def check_eval(data: PromptData | None, args: TrainConfig, processes: int) -> None:
+    """Evaluations that are asked for need prompts; every process evaluates at least one."""
+    asked = [name for name in ("eval_steps", "eval_on_start") if getattr(args, name)]
+    require(data is not None or not asked, f"{' and '.join(asked)} need held-out prompts; give an eval_dataset")
     require(
         data is None or len(data) >= processes,
         f"eval_dataset has fewer prompts than the {processes} processes; give at least {processes}",
@@ -83,16 +85,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-") or "model"
 
 
-def prepare_output_dir(args: TrainConfig, algorithm: Any, model: Any, accelerator: Accelerator) -> Path:
+def prepare_output_dir(args: TrainConfig, algorithm: Any, model_name: str, accelerator: Accelerator) -> Path:
     """The run's folder, made and proven writable; every rank gets the main process's choice.
 
-    Raises:
-        ConfigError: it holds another run (and neither resume nor overwrite is asked for), is a file, or is read-only.
+    With `overwrite_output_dir` what an earlier run left there is removed. Raises ConfigError for a folder that is a
+    file or cannot be written.
     """
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            chosen = [str(_output_dir(args, algorithm, model))]
+            chosen = [str(_output_dir(args, algorithm, model_name))]
         except ConfigError as error:
             chosen = [error]
     broadcast_object_list(chosen)
@@ -101,10 +103,9 @@ def prepare_output_dir(args: TrainConfig, algorithm: Any, model: Any, accelerato
     return Path(chosen[0])
 
 
-def _output_dir(args: TrainConfig, algorithm: Any, model: Any) -> Path:
+def _output_dir(args: TrainConfig, algorithm: Any, model_name: str) -> Path:
     if args.output_dir is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or type(model).__name__
-        base = Path("runs") / f"{slug(type(algorithm).__name__)}-{slug(name)}"
+        base = Path("runs") / f"{slug(type(algorithm).__name__)}-{slug(model_name)}"
         folder, number = base, 1
         while folder.exists():
             number += 1
@@ -112,15 +113,9 @@ def _output_dir(args: TrainConfig, algorithm: Any, model: Any) -> Path:
     else:
         folder = Path(args.output_dir)
     require(not folder.is_file(), f"output_dir={str(folder)!r} is a file; name a folder")
-    occupied = checkpoints(folder) or any((folder / name).exists() for name in OURS)
-    if occupied and not args.resume_from_checkpoint:
-        require(
-            args.overwrite_output_dir,
-            f"output_dir={str(folder)!r} holds a run already; continue it with resume_from_checkpoint=True, choose "
-            "another folder, or remove it with overwrite_output_dir=True",
-        )
-        for path in [*checkpoints(folder), *(folder / name for name in OURS)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+        for path in left_by_a_run(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -131,25 +126,23 @@ def _output_dir(args: TrainConfig, algorithm: Any, model: Any) -> Path:
     return folder
 
 
-def load_config(model: Any, args: TrainConfig) -> Any:
-    """The model's configuration, without its weights."""
-    if not isinstance(model, str):
-        return model.config
-    source, revision = model, args.model_revision
-    adapter = Path(model) / "adapter_config.json"
-    if adapter.exists():
-        from peft import PeftConfig
+def left_by_a_run(folder: Path) -> list[Path]:
+    """What a run keeps in its folder, and is there."""
+    return [*checkpoints(folder), *(folder / name for name in OURS if (folder / name).exists())]
 
-        source, revision = str(PeftConfig.from_pretrained(model).base_model_name_or_path), "main"
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot load the model {model!r}: {str(error).strip().splitlines()[0]} (a Hub id such as 'gpt2' or a "
-            "local folder works; private or gated models need `hf auth login`)"
-        ) from None
-    refuse_non_causal_class(config, source)
-    return config
+
+def refuse_occupied(folder: Path, occupied: bool) -> None:
+    """A new run must not be mixed into another one's folder."""
+    require(
+        not occupied,
+        f"output_dir={str(folder)!r} holds a run already; continue it with resume_from_checkpoint=True, choose "
+        "another folder, or remove it with overwrite_output_dir=True",
+    )
+
+
+def name_of(model: Any) -> str:
+    """What a model is called: its Hub id or folder, or the class of one made in memory."""
+    return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
 def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:
@@ -171,6 +164,7 @@ def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:
         f"processing_class is a {type(tokenizer).__name__}; hfpg trains text models and needs a tokenizer",
     )
     if args.chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = read_chat_template(args.chat_template)
     return tokenizer
 
@@ -183,8 +177,10 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
-    """Every token of the tokenizer must have an embedding."""
+def check_vocabulary(tokenizer: Any, vocabulary: int, stop_token_ids: list[int] | None) -> None:
+    """Every token of the tokenizer must have an embedding, and every stop token must be one."""
+    beyond = [i for i in stop_token_ids or [] if not 0 <= i < vocabulary]
+    require(not beyond, f"stop_token_ids has {beyond}; the model's tokens are 0 to {vocabulary - 1}")
     require(
         len(tokenizer) <= vocabulary,
         f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary} embeddings; use the model's own "

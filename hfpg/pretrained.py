@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from hfpg.config import ConfigError, no_progress_bar, require
 
 
 def load_policy(
-    model: str | PreTrainedModel | Any,
-    *,
-    peft_config: Any = None,
-    revision: str = "main",
-    trust_remote_code: bool = False,
-    dtype: torch.dtype = torch.float32,
+    model: Any, *, peft_config: Any = None, revision: str = "main", trust_remote_code: bool = False
 ) -> Any:
     """A causal LM, ready to be trained, from a Hub id, a folder, a PreTrainedModel or a PeftModel.
 
@@ -27,12 +24,10 @@ def load_policy(
     and will be trained in place. With `peft_config` the model is wrapped; only the adapter is trained.
 
     Raises:
-        ConfigError: not found, not a causal LM, an encoder–decoder, prompt-learning PEFT, or `peft_config` together
-            with a model that already has an adapter.
+        ConfigError: not found, not a causal LM, an encoder–decoder, prompt-learning PEFT, `peft_config` together with
+            a model that already has an adapter, or parameters to train in half precision.
     """
-    if isinstance(model, str):
-        model = _load(model, revision, trust_remote_code, dtype)
-    refuse_non_causal_class(model.config, type(model).__name__)
+    model = load_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -55,30 +50,66 @@ def load_policy(
         # an adapter loaded for inference is frozen; here it is there to be trained
         for name, parameter in model.named_parameters():
             parameter.requires_grad = parameter.requires_grad or f".{model.active_adapter}." in name
-    model.eval()
-    require(any(p.requires_grad for p in model.parameters()), "no parameter of the model requires a gradient")
-    return model
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    require(bool(trained), "no parameter of the model requires a gradient; unfreeze some, or give a peft_config")
+    half = [str(dtype).removeprefix("torch.") for dtype in trained if dtype.itemsize < 4]
+    require(
+        not half,
+        f"the parameters to train are {', '.join(half)}: rounding would eat the optimizer's steps. Load the model "
+        "with dtype=torch.float32 (bf16=True computes in bfloat16 all the same), or give a peft_config",
+    )
+    return model.eval()
 
 
-def _load(name: str, revision: str, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    try:
-        if (Path(name) / "adapter_config.json").exists():
+def load_pretrained(model: Any, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """The model itself, in fp32 when it is named, untouched when it is given.
+
+    Raises:
+        ConfigError: it cannot be found, or is no causal LM.
+    """
+    if not isinstance(model, str):
+        refuse_non_causal_class(model.config, type(model).__name__)
+        return model
+    load_config(model, revision=revision, trust_remote_code=trust_remote_code)  # refuses before the weights load
+    with no_progress_bar(), one_sentence_about(model):
+        if find_adapter_config_file(model, revision=revision) is not None:
             from peft import AutoPeftModelForCausalLM
 
-            with no_progress_bar():
-                return AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, is_trainable=True)
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        refuse_non_causal_class(config, name)
-        with no_progress_bar():
-            return AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype
+            return AutoPeftModelForCausalLM.from_pretrained(
+                model, revision=revision, dtype=torch.float32, is_trainable=True
             )
+        return AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+
+
+def load_config(model: Any, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """The configuration of a causal LM (of its base, for an adapter), without its weights."""
+    if not isinstance(model, str):
+        return model.config
+    with one_sentence_about(model):
+        source = model
+        if find_adapter_config_file(model, revision=revision) is not None:
+            from peft import PeftConfig
+
+            source = str(PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path)
+            revision = "main"
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    refuse_non_causal_class(config, source)
+    return config
+
+
+@contextmanager
+def one_sentence_about(model: str) -> Iterator[None]:
+    """What transformers says of a model that it cannot load, as one ConfigError."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"cannot load the model {name!r}: {first} (a Hub id such as 'gpt2' or a local folder works; private or "
+            f"cannot load the model {model!r}: {first} (a Hub id such as 'gpt2' or a local folder works; private or "
             "gated models need `hf auth login`)"
         ) from error
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +18,23 @@ import torch
 from transformers import TrainerCallback
 
 from hfpg import hub, preflight
-from hfpg.checkpoint import RunState, find_checkpoint, load_checkpoint, rotate, save_checkpoint
+from hfpg.checkpoint import RunState, find_checkpoint, load_checkpoint, rotate, save_checkpoint, set_aside
 from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, decode_completions, order, share
 from hfpg.distributed import gather_list, gather_rows, launch, raise_together
 from hfpg.events import Events
 from hfpg.generation.hf import HFGenerator
 from hfpg.learner import Learner
-from hfpg.models import ActorCritic, Reference, save_actor_critic
+from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.ops.returns import token_rewards
-from hfpg.pretrained import is_peft, load_policy
+from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.report.card import CardFacts, model_card
 from hfpg.report.metrics import describe, distinct_2, explained_variance, top_bigram_share
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
 from hfpg.rewards import Judge
-from hfpg.rewards.judge import Log
-from hfpg.types import Rollout, Samples, Scores, Text
+from hfpg.rewards.judge import Log, merge_said
+from hfpg.types import Prompts, Rollout, Samples, Scores
 
 
 logger = logging.getLogger(__name__)
@@ -78,23 +81,29 @@ class PolicyGradientTrainer:
         preflight.check_batch(args, algorithm, self.accelerator.num_processes)
         if args.push_to_hub:
             preflight.check_hub(args, self.accelerator)
-        config = preflight.load_config(model, args)
+        load: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+        config = load_config(model, **load)
         self.processing_class = preflight.load_tokenizer(model, processing_class, args)
         self.train_data = self._data(train_dataset, args, config)
         preflight.check_data(self.train_data, args)
         self.eval_data = None if eval_dataset is None else self._data(eval_dataset, args, config)
-        preflight.check_eval(self.eval_data, self.accelerator.num_processes)
+        preflight.check_eval(self.eval_data, args, self.accelerator.num_processes)
         self.judge = Judge(reward_funcs, args.reward_weights, reward_processing_classes, self.accelerator.device)
         preflight.dry_call(self.judge, self.train_data, self.processing_class)
-        self.output_dir = preflight.prepare_output_dir(args, algorithm, model, self.accelerator)
+        self.model_name = preflight.name_of(model)
+        self.output_dir = preflight.prepare_output_dir(args, algorithm, self.model_name, self.accelerator)
+        self.occupied = bool(preflight.left_by_a_run(self.output_dir))
         self.args = args = dataclasses.replace(args, output_dir=str(self.output_dir))
         find_checkpoint(args.resume_from_checkpoint, self.output_dir)  # refuses a path that is no checkpoint
 
-        load: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
         policy = load_policy(model, peft_config=peft_config, **load).to(self.accelerator.device)
         actor = ActorCritic(policy, algorithm.value)
-        preflight.check_vocabulary(self.processing_class, actor.vocabulary)
-        self.reference = Reference(actor, ref_model, **load) if algorithm.kl_coef > 0 else None
+        preflight.check_vocabulary(self.processing_class, actor.vocabulary, args.stop_token_ids)
+        self.value_head_from = find_value_head(model, algorithm.value, args.model_revision)
+        if self.value_head_from is not None:
+            load_value_head(actor, self.value_head_from)
+        require(ref_model is None or algorithm.kl_coef > 0, "ref_model is given, but kl_coef=0 never asks it anything")
+        self.reference = Reference(actor, ref_model) if algorithm.kl_coef > 0 else None
         self.algorithm = algorithm
         self.algorithm_state = algorithm.init()
         self.learner = Learner(actor, self.accelerator, args, self.reference, on_event=self._event)
@@ -116,19 +125,17 @@ class PolicyGradientTrainer:
             model=policy,
             processing_class=self.processing_class,
             learner=self.learner,
-            main=self.accelerator.is_main_process,
         )
         self.run = RunState()
-        self.model_name = (
-            model if isinstance(model, str) else getattr(config, "_name_or_path", "") or type(policy).__name__
-        )
-        self.recorder = Recorder(self.output_dir, self.accelerator, trackers=args.report_to != ["none"])
+        self.accelerator.project_configuration.set_directories(str(self.output_dir))
+        self.recorder = Recorder(self.output_dir, self.accelerator, args.run_name or self.output_dir.name)
         self.terminal = Terminal(args.max_steps, plain=args.disable_tqdm, quiet=not self.accelerator.is_main_process)
         self.evaluations: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self._timer: dict[str, float] = {}
         self.seconds = 0.0  # spent in the loop
-        self._logged: dict[str, float] = {}
+        self._said: dict[str, dict[str, Any]] = {}  # what every rank's judge said beside the scores
+        self._without_step = 0
         self._saved_step = -1
         self._updating = False
 
@@ -158,64 +165,74 @@ class PolicyGradientTrainer:
                 samples, scores = self.collect()  # act and judge
                 rollout = self.rescore(samples, scores)  # old and reference log-probs, values; all rows on every rank
                 metrics = self.step(rollout)  # credit and update
-                if self.events.end_step(self.epoch):  # a callback ends the epoch
+                if self.events.end_step(self.epoch):  # a callback ends the epoch: on to the next
                     self.run.position += -self.run.position % len(self.train_data)
-                self.report(scores, rollout, metrics)
+                self.report(rollout, metrics)
                 self.evaluate_if_due()
                 self.checkpoint_if_due()
         self._end()
         return metrics
 
     def step(self, rollout: Rollout) -> dict[str, float]:
-        """Credit and update: token rewards, advantages, optimizer steps. Changes the policy."""
+        """Credit and update: token rewards, advantages, optimizer steps. Changes the policy; one turn is done."""
+        kl_coef = self.kl_coef
         with self._timed("update"):
             log_ratio = None if rollout.ref_logprobs is None else rollout.old_logprobs - rollout.ref_logprobs
-            rewards = token_rewards(rollout.scores, rollout.completion_mask, log_ratio, self.kl_coef)
+            rewards = token_rewards(rollout.scores, rollout.completion_mask, log_ratio, kl_coef)
             estimates, state = self.algorithm.estimate(rollout, rewards, self.algorithm_state)
             self._updating = True
             metrics, self.algorithm_state = self.algorithm.update(self.learner, rollout, estimates, state)
-            metrics["learning_rate"] = self.learner.learning_rate
+            metrics |= {"learning_rate": self.learner.learning_rate, "kl_coef": kl_coef}
             self.learner.end_turn()
+            self.state.global_step += 1
+            self.run.position += self.args.prompts_per_step
             self._updating = False
         if estimates.returns is not None:
             metrics["explained_variance"] = explained_variance(rollout, estimates)
+        self._stop_if_stuck(metrics["optimizer_steps"])
         return metrics
 
+    def _stop_if_stuck(self, optimizer_steps: float) -> None:
+        self._without_step = 0 if optimizer_steps else self._without_step + 1
+        if self._without_step >= 3:
+            raise RuntimeError(
+                "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "
+                "look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
+            )
+
     def collect(self) -> tuple[Samples, Scores]:
-        """This rank's samples of the next prompts, and what the judge says of them."""
+        """This rank's samples of the next prompts, and what the judge says of them. The same again until `step`."""
         count, per_prompt = self.args.prompts_per_step, self.algorithm.num_generations
         rows = order(self.run.position, count, len(self.train_data), self.args.seed)
         mine = share(count, self.accelerator.process_index, self.accelerator.num_processes)
-        first = self.run.samples_drawn
-        ids = torch.arange(first + mine.start * per_prompt, first + mine.stop * per_prompt)
-        samples, texts, columns = self.sample(self.train_data, [rows[i] for i in mine], ids, per_prompt)
-        scores = self.judge_samples(samples, texts, columns)
-        self.run.position += count
-        self.run.samples_drawn += count * per_prompt
-        return samples, scores
+        first = self.state.global_step * count  # sample ids are unique in a run, whatever epochs were cut short
+        ids = torch.arange((first + mine.start) * per_prompt, (first + mine.stop) * per_prompt)
+        prompts, samples = self.sample(self.train_data, [rows[i] for i in mine], ids, per_prompt)
+        return samples, self.judge_samples(prompts, samples)
 
     def sample(
         self, data: PromptData, rows: Sequence[int], sample_ids: torch.Tensor, per_prompt: int = 1
-    ) -> tuple[Samples, list[Text], dict[str, list]]:
-        """Draw `per_prompt` completions of each of the given rows; returns samples, prompt texts and columns."""
+    ) -> tuple[Prompts, Samples]:
+        """Draw `per_prompt` completions of each of the given rows, by this rank."""
         with self._timed("sample"), self.accelerator.autocast():
             prompts = data.rows(rows, sample_ids, per_prompt, self.accelerator.device)
-            return self.generator(self.learner.actor.policy, prompts), prompts.texts, prompts.columns
+            return prompts, self.generator(self.learner.actor.policy, prompts)
 
-    def judge_samples(self, samples: Samples, texts: list[Text], columns: dict[str, list]) -> Scores:
-        """Scores of samples. An error on one rank is raised on all of them."""
+    def judge_samples(self, prompts: Prompts, samples: Samples) -> Scores:
+        """Scores of this rank's samples. An error on one rank is raised on all of them."""
         with self._timed("judge"):
             ids, mask = samples.completion_ids.cpu(), samples.completion_mask.cpu()
-            completions = decode_completions(self.processing_class, ids, mask, texts)
+            completions = decode_completions(self.processing_class, ids, mask, prompts.texts)
             tokens = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
             log, scores, error = Log(), None, None
             try:
-                scores = self.judge(texts, completions, tokens, columns, self.state, log)
+                scores = self.judge(prompts.texts, completions, tokens, prompts.columns, self.state, log)
             except Exception as failure:  # told to every rank before it is raised
                 error = failure
             raise_together(self.accelerator, error)
             assert scores is not None  # or the error above was raised
-            self._logged = {name: sum(values) / len(values) for name, values in log.metrics.items()}
+            said = [(len(samples), scores.by_function, scores.extra, log.metrics)]
+            self._said = merge_said(gather_list(self.accelerator, said))
             return scores.to(self.accelerator.device)
 
     def rescore(self, samples: Samples, scores: Scores) -> Rollout:
@@ -243,49 +260,49 @@ class PolicyGradientTrainer:
         data = self.eval_data if dataset is None else self._data(dataset, self.args, self.learner.actor.policy.config)
         require(data is not None, "evaluate needs held-out prompts; give the trainer an eval_dataset")
         assert data is not None
+        preflight.check_eval(data, self.args, self.accelerator.num_processes)
         mine = share(len(data), self.accelerator.process_index, self.accelerator.num_processes)
         ids = -1 - torch.arange(mine.start, mine.stop)  # negative: never the key of a training sample
-        samples, texts, columns = self.sample(data, list(mine), ids)
-        scores = self.judge_samples(samples, texts, columns)
-        rollout = self.rescore(samples, scores)
-        by_function = {n: gather_list(self.accelerator, v) for n, v in scores.by_function.items()}
+        prompts, samples = self.sample(data, list(mine), ids)
+        rollout = self.rescore(samples, self.judge_samples(prompts, samples))
+        self._timer = {}
+        self.events.fire("on_prediction_step")
         shown = self._texts(rollout.take(torch.argsort(rollout.sample_ids, descending=True)))
-        found = describe(rollout, by_function)
+        found = describe(rollout, self._said["by_function"]) | self._said["metrics"]
         found["distinct_2"] = distinct_2(
             [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
         )
         found["top_bigram_share"] = top_bigram_share([completion for _, completion, _ in shown])[1]
         metrics = {f"eval_{name}": value for name, value in found.items()}
-        self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": shown})
+        if dataset is None:
+            self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": shown})
         self.recorder.metrics(self.state.global_step, metrics)
         self.events.evaluated(metrics)
         return metrics
 
     # ── watching ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def report(self, scores: Scores, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Log the step and show it; now and then show completions."""
+    def report(self, rollout: Rollout, metrics: dict[str, float]) -> None:
+        """Log the step and show it; now and then show completions. Adds what it finds to `metrics`."""
         step = self.state.global_step
-        by_function = {n: gather_list(self.accelerator, v) for n, v in scores.by_function.items()}
         tokens = int(rollout.completion_mask.sum())
         self.state.num_input_tokens_seen += tokens
         seconds = sum(self._timer.values())
         self.seconds += seconds
         times = {f"seconds/{name}": value for name, value in self._timer.items()}
         self._timer = {}
-        metrics.update(describe(rollout, by_function), **self._logged, **times)
-        metrics.update(kl_coef=self.kl_coef, epoch=self.epoch)
+        metrics.update(describe(rollout, self._said["by_function"]) | self._said["metrics"] | times)
+        metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
         self.terminal.step(step, metrics)
         if self.control.should_log:
             self.recorder.metrics(step, metrics)
             self.events.logged(metrics)
         if self.args.completions_steps and step % self.args.completions_steps == 0:
-            self._show_completions(step, scores, rollout)
+            self._show_completions(step, rollout)
 
-    def _show_completions(self, step: int, scores: Scores, rollout: Rollout) -> None:
-        rows = self._texts(rollout)
-        extra = {name: gather_list(self.accelerator, values) for name, values in scores.extra.items()}
+    def _show_completions(self, step: int, rollout: Rollout) -> None:
+        rows, extra = self._texts(rollout), self._said["extra"]
         self.recorder.completions(
             [
                 {"step": step, "prompt": prompt, "completion": completion, "score": score}
@@ -312,7 +329,6 @@ class PolicyGradientTrainer:
         """Evaluate when a callback or `eval_steps` asks for it."""
         if self.control.should_evaluate and self.eval_data is not None:
             metrics = self.evaluate()
-            self._timer = {}
             self.terminal.say(f"evaluation at step {self.state.global_step}: score {metrics['eval_score']:+.3f}")
 
     # ── keeping ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -329,16 +345,27 @@ class PolicyGradientTrainer:
 
     def save_checkpoint(self) -> None:
         """Write checkpoint-N now."""
-        if self.accelerator.is_main_process and self._saved_step != self.state.global_step:
-            self._write_checkpoint()
+        if self._saved_step != self.state.global_step:
+            self._on_main(self._write_checkpoint)
         self._saved_step = self.state.global_step
-        self.accelerator.wait_for_everyone()
         self.events.fire("on_save")
+
+    def _on_main(self, do: Callable[[], Any]) -> Any:
+        """Run something on the main process; the others wait, and its error is raised on all of them."""
+        result, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                result = do()
+            except Exception as failure:  # told to every rank before it is raised
+                error = failure
+        raise_together(self.accelerator, error)
+        return result
 
     def _write_checkpoint(self) -> Path:
         self.run.algorithm = dataclasses.asdict(self.algorithm_state)
-        config = {**dataclasses.asdict(self.algorithm), **self.args.to_dict()}
-        path = save_checkpoint(self.output_dir, self.learner, self.processing_class, self.state, self.run, config)
+        path = save_checkpoint(
+            self.output_dir, self.learner, self.processing_class, self.state, self.run, self._settings()
+        )
         rotate(self.output_dir, self.args.save_total_limit)
         return path
 
@@ -348,28 +375,31 @@ class PolicyGradientTrainer:
         Default: the run's output_dir. It loads with `AutoModelForCausalLM.from_pretrained` and `pipeline`.
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             save_actor_critic(self.learner.actor, folder)
             self.processing_class.save_pretrained(folder)
             (folder / "README.md").write_text(self.model_card(repo_id), encoding="utf-8")
-        self.accelerator.wait_for_everyone()
+
+        self._on_main(write)
         return folder
 
     def model_card(self, repo_id: str | None = None) -> str:
         """The card, written from what was measured: the first and the last evaluation, and the run's settings."""
-        first, last = (self.evaluations[i]["metrics"] if self.evaluations else {} for i in (0, -1))
+        measured = len(self.evaluations) > 1 and self.evaluations[0]["step"] == 0
+        first, last = (self.evaluations[i]["metrics"] if measured else {} for i in (0, -1))
         found = versions()
         return model_card(
             CardFacts(
                 model_name=repo_id or self.output_dir.name,
-                base_model=None if Path(self.model_name).exists() else self.model_name,
+                base_model=None if self.facts.get("embedded") or Path(self.model_name).exists() else self.model_name,
                 is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
                 algorithm_fields=dataclasses.asdict(self.algorithm),
                 rewards=self.judge.names,
                 steps=self.state.global_step,
                 seed=self.args.seed,
-                metrics={name: (first[name], last[name]) for name in last if len(self.evaluations) > 1},
+                metrics={name: (first[name], last[name]) for name in last if name in first},
                 eval_prompts=None if self.eval_data is None else len(self.eval_data),
                 config=self.args.to_dict(),
                 versions=found,
@@ -394,17 +424,13 @@ class PolicyGradientTrainer:
         folder = self.save_model(self.output_dir / "final", repo_id=repo)
         self.events.fire("on_push_begin")
         private = self.args.hub_private_repo if private is None else private
-        url, error = "", None
-        if self.accelerator.is_main_process:
-            try:
-                url = hub.push_folder(folder, repo, private=private, revision=revision)
-            except hub.HubError as failure:
-                error = failure
-        raise_together(self.accelerator, error)
-        return url
+        return self._on_main(lambda: hub.push_folder(folder, repo, private=private, revision=revision)) or ""
 
     def summary(self, saved: Path, shown: int = 6) -> None:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
+        require(
+            bool(self.evaluations), "summary needs an evaluation; call trainer.evaluate() before and after train()"
+        )
         self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), shown)
 
     # ── around the loop ────────────────────────────────────────────────────────────────────────────────────────────
@@ -433,14 +459,21 @@ class PolicyGradientTrainer:
         self.events.fire(name)
 
     def _begin(self, resume: str | bool | None) -> None:
-        path = find_checkpoint(self.args.resume_from_checkpoint if resume is None else resume, self.output_dir)
+        resume = self.args.resume_from_checkpoint if resume is None else resume
+        path = find_checkpoint(resume, self.output_dir)
         if path is not None:
-            self.events.state, self.run = load_checkpoint(path, self.learner)
+            self.events.state, self.run = load_checkpoint(path, self.learner, self._settings())
             self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
-            self.recorder.rewind(self.state.global_step)
             self._saved_step = self.state.global_step
-        if self.recorder.trackers:
-            self.accelerator.init_trackers(self.args.run_name or self.output_dir.name)
+        elif resume:
+            self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0")
+        elif self.state.global_step == 0:
+            preflight.refuse_occupied(self.output_dir, self.occupied)
+        if self.value_head_from is not None and path is None:
+            self.terminal.say(f"the value head goes on from the one saved with {self.model_name}")
+        if resume:
+            self.recorder.rewind(self.state.global_step)
+            self._on_main(lambda: set_aside(self.output_dir, self.state.global_step))
         self.facts.setdefault("model", self.model_name)
         self.recorder.run_file(
             {
@@ -461,31 +494,51 @@ class PolicyGradientTrainer:
         self._timer = {}
         self.terminal.start(self.state.global_step)
 
+    def _settings(self) -> dict[str, Any]:
+        """Every setting of the run, flat: the algorithm's and TrainConfig's fields have different names."""
+        name = {"algorithm": type(self.algorithm).__name__}
+        return json.loads(json.dumps(name | dataclasses.asdict(self.algorithm) | self.args.to_dict(), default=str))
+
     def _end(self) -> None:
         self.terminal.stop()
         self.events.end_training()
-        if self.recorder.trackers:
-            self.accelerator.end_training()
         if self.args.push_to_hub:
+            if self.eval_data is not None:  # the card tells what is measured
+                self.evaluate()
             url = self.push_to_hub()
             self.terminal.say(f"pushed to {url}")
 
     @contextlib.contextmanager
     def _nothing_lost(self) -> Iterator[None]:
-        """Save what has been trained before an error or Ctrl-C ends the run."""
+        """Save what has been trained before an error, Ctrl-C or SIGTERM ends the run."""
+
+        def terminate(number: int, frame: Any) -> None:
+            raise SystemExit(128 + number)
+
+        ours = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, terminate) if ours else None
         try:
             yield
         except BaseException:
             self.terminal.stop()
             unsaved = self.state.global_step > max(self._saved_step, 0)
             if self.accelerator.is_main_process and (unsaved or self._updating):
-                if self._updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
-                    save_actor_critic(self.learner.actor, self.output_dir / "interrupted")
-                    where = self.output_dir / "interrupted"
-                else:
-                    where = self._write_checkpoint()
-                self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved in {where}")
+                self._save_before_the_end()
             raise
+        finally:
+            if ours:
+                signal.signal(signal.SIGTERM, before)
+
+    def _save_before_the_end(self) -> None:
+        try:
+            if self._updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
+                where = self.output_dir / "interrupted"
+                save_actor_critic(self.learner.actor, where)
+            else:
+                where = self._write_checkpoint()
+            self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved in {where}")
+        except Exception as error:  # the first error is the one to raise
+            self.terminal.say(f"what was trained since step {max(self._saved_step, 0)} could not be saved: {error}")
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:

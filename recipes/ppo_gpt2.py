@@ -16,7 +16,7 @@ from datasets import Dataset, load_dataset
 
 from hfpg import PolicyGradientTrainer, TrainConfig, embedded
 from hfpg.algorithms import PPO
-from hfpg.config import field, one_sentence, parse
+from hfpg.config import ConfigError, field, one_sentence, parse, require
 
 
 @dataclass
@@ -43,8 +43,14 @@ def prompts(script: Script) -> tuple[Any, Any]:
         held_out = embedded.prompts("eval")[: script.eval_prompts]
         return Dataset.from_dict({"prompt": embedded.prompts("train")}), Dataset.from_dict({"prompt": held_out})
     kind = Path(script.dataset).suffix.lstrip(".").replace("jsonl", "json")
-    rows = load_dataset(kind, data_files=script.dataset) if kind in ("json", "csv") else load_dataset(script.dataset)
-    split = rows["train"].train_test_split(min(script.eval_prompts, len(rows["train"]) // 5), seed=0)
+    try:
+        files = {"path": kind, "data_files": script.dataset} if kind in ("json", "csv") else {"path": script.dataset}
+        rows = load_dataset(**files, split="train")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the data set {script.dataset!r}: {str(error).splitlines()[0]}") from error
+    count = min(script.eval_prompts, len(rows) // 5)
+    require(count >= 1, f"{script.dataset} has {len(rows)} rows; it needs at least 5, a fifth is held out")
+    split = rows.train_test_split(count, seed=0)
     return split["train"], split["test"]
 
 
@@ -52,11 +58,13 @@ def main() -> None:
     """Evaluate, train, evaluate, save, show."""
     script, ppo, args = parse((Script, PPO, TrainConfig), description=__doc__, defaults=defaults)
     train, held_out = prompts(script)
-    rewards = [script.reward, embedded.judge_b]
-    args.reward_weights = args.reward_weights or [1.0, 0.0]
+    rewards: list[Any] = [script.reward]
+    if script.dataset is None:  # judge B knows film reviews only
+        rewards.append(embedded.judge_b)
+        args.reward_weights = args.reward_weights or [1.0, 0.0]
     trainer = PolicyGradientTrainer(script.model, ppo, rewards, train, held_out, args)
     if script.model == embedded.MODEL:
-        trainer.model_name = embedded.NAME
+        trainer.model_name, trainer.facts["embedded"] = embedded.NAME, True
         trainer.terminal.say(f"model: {embedded.NAME}, embedded in hfpg (--model gpt2 trains a checkpoint of the Hub)")
     trainer.evaluate()
     trainer.train()

@@ -61,6 +61,12 @@ CASES = {
     "reward model": (dict(reward="no/such-classifier"), "cannot load the reward model 'no/such-classifier'"),
     "weights": (dict(reward_weights=[1.0, 2.0]), "reward_weights has 2 entries for 1 reward functions"),
     "hub without name": (dict(push_to_hub=True), "push_to_hub=True needs hub_model_id, such as 'me/gpt2-positive'"),
+    "evaluation without prompts": (dict(eval_steps=2), "eval_steps need held-out prompts; give an eval_dataset"),
+    "tracker": (dict(report_to=["no_such_tracker"]), "report_to='no_such_tracker': that tracker is not installed"),
+    "schedule": (dict(lr_scheduler_type="foo"), "lr_scheduler_type='foo' is unknown; choose from"),
+    "adam": (dict(adam_beta1=1.5), "adam_beta1=1.5 must be at least 0 and below 1"),
+    "threads": (dict(torch_threads=-1), "torch_threads=-1 must be at least 1"),
+    "only watchers": (dict(reward_weights=[0.0]), "leaves no function that scores"),
     "temperature": (dict(temperature=0.0), "a policy gradient needs a random policy"),
     "not a tokenizer": (dict(processing_class=object()), "processing_class is a object; hfpg trains text models"),
 }
@@ -89,6 +95,22 @@ def test_a_model_that_does_not_exist(tmp_path):
         build.trainer(tmp_path, model="no/such")
 
 
+def test_a_stop_token_that_the_model_does_not_have(tmp_path):
+    with pytest.raises(ConfigError, match=r"stop_token_ids has \[9999\]; the model's tokens are 0 to 63"):
+        build.trainer(tmp_path, stop_token_ids=[0, 9999])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_in_half_precision_are_not_trained(dtype, tmp_path):
+    with pytest.raises(ConfigError, match="the parameters to train are b?float16.* dtype=torch.float32"):
+        build.trainer(tmp_path, model=tiny.model().to(dtype))
+
+
+def test_a_reference_that_nobody_asks(tmp_path):
+    with pytest.raises(ConfigError, match="ref_model is given, but kl_coef=0"):
+        build.trainer(tmp_path, algorithm=PPO(kl_coef=0.0), ref_model=tiny.model())
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     with pytest.raises(ConfigError, match="the tokenizer has 64 tokens and the model 50 embeddings"):
         build.trainer(tmp_path, model=tiny.model(vocabulary=50))
@@ -97,7 +119,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
 def test_an_occupied_output_folder_is_not_written_over(tmp_path):
     build.trainer(tmp_path, max_steps=1).train()
     with pytest.raises(ConfigError, match="holds a run already; continue it with resume_from_checkpoint=True"):
-        build.trainer(tmp_path)
+        build.trainer(tmp_path).train()
     assert (tmp_path / "checkpoint-1").is_dir()
     (tmp_path / "precious.txt").write_text("mine")
     build.trainer(tmp_path, overwrite_output_dir=True)

@@ -39,7 +39,11 @@ policy, ids = trainer.learner.actor.policy, torch.tensor([[3, 4, 5]])
 plain = AutoModelForCausalLM.from_pretrained("tester/tuned")
 ours = load_actor_critic(hub.pull("tester/tuned"))
 AutoTokenizer.from_pretrained("tester/tuned")
+again = build.trainer(out + "-again", model="tester/tuned", processing_class=None, algorithm=PPO(epochs=1), max_steps=1)
+continued = torch.equal(again.learner.actor.value.linear.weight, trainer.learner.actor.value.linear.weight)
+kl = again.train()["kl_to_ref"]
 print(json.dumps({
+    "continued": continued, "kl": kl, "adapter_again": hasattr(again.learner.actor.policy, "peft_config"),
     "plain": torch.equal(plain(input_ids=ids).logits, policy(input_ids=ids).logits),
     "ours": torch.equal(ours.policy(input_ids=ids).logits, policy(input_ids=ids).logits),
     "value": torch.equal(ours.value.linear.weight, trainer.learner.actor.value.linear.weight),
@@ -66,6 +70,8 @@ def test_train_from_a_repository_push_and_load_back(kind, tmp_path):
         found = json.loads(done.stdout.strip().splitlines()[-1])
         assert found["plain"] and found["ours"] and found["value"]
         assert found["value_learned"] > 0 and found["gap"] > 0
+        assert found["continued"] and found["kl"] == 0, "what was pushed can be trained on, value head included"
+        assert found["adapter_again"] == (kind == "lora")
         files = server.files("tester/tuned")
     assert {"README.md", "value_head.safetensors", "hfpg.json", "config.json"} - set(files) <= {"config.json"}
     assert ("adapter_model.safetensors" if kind == "lora" else "model.safetensors") in files

@@ -1,9 +1,11 @@
 """The gradient does not depend on how the work is cut: micro-batches, token budgets, processes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hfpg.algorithms import PPO
 from hfpg.config import TrainConfig
@@ -27,7 +29,7 @@ def test_gradient_is_the_same_for_every_token_budget(aggregation, kind):
     for budget in (1, 40, 100, 100_000):
         by = build.learner(copy.deepcopy(start), max_tokens_per_micro_batch=budget)
         rollout, credit = build.rollout_of(samples, by)
-        metrics = by.gradient(rollout, credit, algorithm.loss, aggregation)
+        metrics, _ = by.gradient(rollout, credit, algorithm.loss, aggregation)
         found[budget] = (gradient_of(by.actor), metrics["loss"])
     whole, loss = found[100_000]
     for budget in (1, 40, 100):
@@ -120,7 +122,36 @@ def test_schedule_counts_turns_of_the_page():
     for _ in range(10):
         rates.append(by.learning_rate)
         by.end_turn()
-    assert rates == pytest.approx([0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    # the first turn learns already: warm-up goes 1/2, 1; then down to the last turn, which learns too
+    assert rates == pytest.approx([1 / 2, 1] + [1 - i / 9 for i in range(1, 9)])
+    by.start_schedule(turn=1)
+    assert by.turn == 1 and by.learning_rate == pytest.approx(1), "and back again"
+
+
+def test_a_minibatch_that_nobody_scored_moves_nothing():
+    """Without a gradient Adam's momentum would still step."""
+    by = build.learner(ActorCritic(tiny.model(), "shared"))
+    rollout, credit = build.rollout_of(build.draw(by.actor, count=6), by)
+    by.optimize(rollout, credit, PPO().loss, aggregation="token_mean")
+    before = copy.deepcopy(by.actor.state_dict())
+    unscored = dataclasses.replace(rollout, weights=torch.zeros(6))
+    metrics = by.optimize(unscored, credit, PPO().loss, aggregation="token_mean")
+    assert metrics["skipped_steps"] == 1 and metrics["optimizer_steps"] == 0
+    assert all(torch.equal(before[k], v) for k, v in by.actor.state_dict().items())
+
+
+def test_bf16_scores_reference_and_policy_alike():
+    """In autocast, too, KL at step 0 is exactly 0 and the first ratio 1."""
+    Accelerator(cpu=True, mixed_precision="bf16")
+    actor = ActorCritic(tiny.model(), "shared")
+    by = build.learner(actor, reference=True)
+    assert by.accelerator.mixed_precision == "bf16"
+    rollout, credit = build.rollout_of(build.draw(actor), by)
+    assert torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
+    exact = actor.float()
+    assert rollout.old_logprobs.dtype == torch.float32 and exact is actor
+    metrics = by.optimize(rollout, credit, PPO().loss, aggregation="token_mean")
+    assert metrics["first_log_ratio_max"] < 0.05 and metrics["optimizer_steps"] == 1
 
 
 def test_micro_batches_cover_every_row_within_the_budget():

@@ -61,7 +61,7 @@ def test_the_users_own_model_reward_and_data(tmp_path):
     assert about["config"]["learning_rate"] == 1e-4 and about["algorithm"]["epochs"] == 1, (
         "the file wins over defaults"
     )
-    assert about["algorithm"]["minibatches"] == 2 and about["rewards"] == ["judge", "judge_b"]
+    assert about["algorithm"]["minibatches"] == 2 and about["rewards"] == ["judge"], "judge B knows film reviews only"
     tuned = load_policy(str(tmp_path / "out" / "final"))
     gap = max((a - b).abs().max() for a, b in zip(tuned.parameters(), model.parameters(), strict=True))
     assert gap > 0

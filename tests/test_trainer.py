@@ -3,12 +3,21 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainingArguments,
+    pipeline,
+)
 
 from hfpg import ConfigError
 from hfpg.algorithms import PPO, Reinforce
@@ -91,7 +100,7 @@ def test_the_public_verbs_make_the_same_run_as_train(tmp_path):
     whole = build.trainer(tmp_path / "a", max_steps=3)
     whole.train()
     own = build.trainer(tmp_path / "b", max_steps=3)
-    for _ in range(3):
+    while own.state.global_step < 3:
         samples, scores = own.collect()
         own.step(own.rescore(samples, scores))
     assert torch.equal(parameters(whole), parameters(own))
@@ -157,6 +166,12 @@ def test_conversations_train(tmp_path):
 
     build.trainer(tmp_path, train_dataset=chats, processing_class=tokenizer, reward=judge, max_steps=1).train()
     assert seen[-1][0]["role"] == "assistant"
+
+
+def test_trackers_of_accelerate_get_the_metrics(tmp_path):
+    build.trainer(tmp_path, report_to=["tensorboard"], max_steps=2).train()
+    written = [p for p in tmp_path.rglob("events.out.tfevents*") if p.stat().st_size > 0]
+    assert written and any(b"kl_to_ref" in p.read_bytes() for p in written)
 
 
 # ── callbacks
@@ -332,6 +347,142 @@ def test_what_was_trained_is_saved_when_a_judge_fails(tmp_path):
     again = build.trainer(tmp_path, max_steps=4, resume_from_checkpoint="True")
     again.train()
     assert again.state.global_step == 4
+
+
+def test_resume_by_the_argument_of_train(tmp_path):
+    """The README's line, in a fresh process: the constructor must not refuse the folder that is to be continued."""
+    build.trainer(tmp_path / "a", max_steps=4).train()
+    build.trainer(tmp_path / "b", max_steps=2, lr_scheduler_type="constant").train()
+    constant = build.trainer(tmp_path / "c", max_steps=4, lr_scheduler_type="constant")
+    constant.train()
+    again = build.trainer(tmp_path / "b", max_steps=4, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4 and torch.equal(parameters(again), parameters(constant))
+
+
+@pytest.mark.parametrize(("where", "call"), [("score", 4), ("gradient", 6)])
+def test_an_interrupt_inside_a_step_leaves_an_exact_place_to_resume(where, call, tmp_path, monkeypatch):
+    whole = build.trainer(tmp_path / "a", max_steps=5)
+    whole.train()
+    trainer = build.trainer(tmp_path / "b", max_steps=5, save_steps=1)
+    original, calls = getattr(trainer.learner, where), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.learner, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert 0 < trainer.state.global_step < 5
+    again = build.trainer(tmp_path / "b", max_steps=5, save_steps=1, resume_from_checkpoint="True")
+    again.train()
+    assert torch.equal(parameters(whole), parameters(again)) and whole.run == again.run
+
+
+def test_sigterm_saves_what_was_trained(tmp_path):
+    def judge(completions, trainer_state, **k):
+        if trainer_state is not None and trainer_state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [0.0] * len(completions)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        build.trainer(tmp_path, reward=judge, max_steps=9).train()
+    assert ended.value.code == 143 and (tmp_path / "checkpoint-2").is_dir()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_going_back_in_the_same_trainer_is_exact(tmp_path):
+    trainer = build.trainer(tmp_path, max_steps=4, save_steps=2, warmup_steps=1)
+    trainer.train()
+    end = parameters(trainer).clone()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(parameters(trainer), end)
+
+
+def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
+    build.trainer(tmp_path, max_steps=6, save_steps=2).train()
+    path = str(tmp_path / "checkpoint-2")
+    build.trainer(tmp_path, max_steps=3, save_total_limit=2, resume_from_checkpoint=path).train()
+    names = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-3", "checkpoint-4.abandoned", "checkpoint-6.abandoned"]
+
+
+def test_other_settings_are_refused_on_resume(tmp_path):
+    build.trainer(tmp_path, max_steps=1).train()
+    again = build.trainer(tmp_path, max_steps=2, seed=7, algorithm=PPO(epochs=2, kl_coef=0.5))
+    with pytest.raises(ConfigError, match=r"other settings \(kl_coef: 0.05 then, 0.5 now; seed: 42 then, 7 now\)"):
+        again.train(resume_from_checkpoint=True)
+    other = build.trainer(tmp_path, max_steps=2, algorithm=Reinforce())
+    with pytest.raises(ConfigError, match="algorithm: 'PPO' then, 'Reinforce' now"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_resuming_where_there_is_nothing_starts_fresh_and_says_so(tmp_path, capsys):
+    trainer = build.trainer(tmp_path, max_steps=1, resume_from_checkpoint="True")
+    trainer.train()
+    assert trainer.state.global_step == 1 and "to resume from: starting at step 0" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stuck_stops_and_says_why(tmp_path):
+    trainer = build.trainer(tmp_path, reward=lambda completions, **k: [None] * len(completions), max_steps=9)
+    with pytest.raises(RuntimeError, match="three steps in a row changed nothing"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_the_kl_coefficient_that_is_logged_is_the_one_that_was_used(tmp_path):
+    build.trainer(tmp_path, algorithm=PPO(kl_coef=0.1, kl_target=3.0), max_steps=2).train()
+    first, second = lines(tmp_path / "metrics.jsonl")
+    assert first["kl_coef"] == 0.1 and second["kl_coef"] == pytest.approx(0.098)
+
+
+def test_a_saved_value_head_goes_on(tmp_path, capsys):
+    first = build.trainer(tmp_path / "a", max_steps=2)
+    first.train()
+    head = first.learner.actor.value.linear.weight.detach().clone()
+    saved = str(first.save_model(tmp_path / "saved"))
+    again = build.trainer(tmp_path / "b", model=saved, max_steps=1)
+    assert torch.equal(again.learner.actor.value.linear.weight, head) and head.abs().max() > 0
+    again.train()
+    assert "the value head goes on from the one saved" in capsys.readouterr().out
+    other = build.trainer(tmp_path / "c", model=saved, algorithm=PPO(value="separate"))
+    assert (other.learner.actor.value.linear.weight == 0).all(), "a head of another kind does not fit"
+
+
+def test_early_stopping_of_transformers_works(tmp_path):
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = build.trainer(
+        tmp_path, callbacks=[stopping], max_steps=9, eval_steps=1, eval_dataset=tiny.rows(8), learning_rate=0.0
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3, "the first evaluation is the best; two without a gain end the run"
+
+
+def test_the_card_says_before_and_after_only_of_what_is(tmp_path):
+    trainer = build.trainer(tmp_path, max_steps=2, eval_steps=1, eval_dataset=tiny.rows(8))
+    trainer.train()
+    assert "eval_score" not in trainer.model_card(), "the first evaluation was after a step"
+    trainer = build.trainer(tmp_path / "b", max_steps=2, eval_steps=2, eval_dataset=tiny.rows(8), eval_on_start=True)
+    trainer.train()
+    trainer.evaluate(tiny.rows(3))
+    before, after = (e["metrics"]["eval_score"] for e in trainer.evaluations)
+    assert len(trainer.evaluations) == 2 and f"{before:.3g}" in trainer.model_card()
+
+
+def test_a_reference_of_the_users_own_is_left_alone(tmp_path):
+    """Frozen, or the very model that is trained: it is copied."""
+    frozen = tiny.model(seed=1).requires_grad_(False)
+    trainer = build.trainer(tmp_path / "a", ref_model=frozen, max_steps=1)
+    assert trainer.train()["kl_to_ref"] != 0 and not any(p.requires_grad for p in frozen.parameters())
+    model = tiny.model()
+    trainer = build.trainer(tmp_path / "b", model=model, ref_model=model, max_steps=2)
+    start = parameters(trainer).clone()
+    assert trainer.train()["kl_to_ref"] != 0
+    assert not torch.equal(start, parameters(trainer)) and all(p.requires_grad for p in model.parameters())
 
 
 # ── adapters

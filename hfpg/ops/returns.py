@@ -17,7 +17,7 @@ def token_rewards(
 
     The score sits on the last chosen token: the stop token, or the last token of a completion that was cut. A row
     without any chosen token earns nothing. k1 in the reward is the placement whose expected gradient is that of the
-    KL itself (Schulman 2020; measured in docs/algorithms).
+    KL itself (tests/oracle proves it exactly).
     """
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     rewards = torch.where(last, scores[:, None], 0)

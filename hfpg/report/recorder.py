@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import platform
-import re
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,8 +14,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from hfpg.config import SECRET
 
-SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}")
+
 PACKAGES = ("hfpg", "torch", "transformers", "accelerate", "datasets", "peft", "huggingface_hub", "tokenizers")
 
 
@@ -26,9 +27,10 @@ class Recorder:
     A resumed run drops the lines beyond the step it resumes from.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, trackers: bool):
-        self.folder, self.accelerator, self.trackers = folder, accelerator, trackers
+    def __init__(self, folder: Path, accelerator: Accelerator, run_name: str):
+        self.folder, self.accelerator, self.run_name = folder, accelerator, run_name
         self.main = accelerator.is_main_process
+        self.tracking = False
 
     def run_file(self, facts: dict[str, Any]) -> None:
         """Write run.json: what was asked, with what versions, from what command. Tokens are blotted out."""
@@ -41,8 +43,17 @@ class Recorder:
         """One line of metrics, and the same to the trackers."""
         if self.main:
             self._append("metrics.jsonl", [{"step": step} | values])
-        if self.trackers:
+        if self.accelerator.log_with:
+            if not self.tracking:  # at the first number, also one from before or after training
+                self.accelerator.init_trackers(self.run_name)
+                atexit.register(self.finish)
+                self.tracking = True
             self.accelerator.log(values, step=step)
+
+    def finish(self) -> None:
+        """Let every tracker write what it holds. (`end_training` would also end the process group.)"""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def completions(self, rows: list[dict[str, Any]]) -> None:
         """Completions with their scores."""

@@ -80,7 +80,10 @@ def import_function(spec: str) -> Any:
         assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[module_spec.name] = module
-        module_spec.loader.exec_module(module)
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            raise ConfigError(f"reward {spec!r}: {where} fails: {type(error).__name__}: {error}") from error
     else:
         try:
             module = importlib.import_module(where)
@@ -144,6 +147,7 @@ class Judge:
             len(self.weights) == len(specs),
             f"reward_weights has {len(self.weights)} entries for {len(specs)} reward functions; give one each",
         )
+        require(any(self.weights), f"reward_weights={self.weights} leaves no function that scores; use 1.0 for one")
         for function in self.functions:
             if isinstance(function.call, ClassifierReward):
                 function.call.to(device)
@@ -204,10 +208,26 @@ class Judge:
         scores, weights = torch.zeros(len(prompts)), torch.zeros(len(prompts))
         for values, weight in zip(table.values(), self.weights, strict=True):
             for i, value in enumerate(values):
-                if value is not None:
+                if value is not None and weight != 0:  # weight 0 watches: it neither scores nor vouches for a row
                     scores[i] += weight * value
                     weights[i] = 1.0
         return Scores(scores=scores, weights=weights, by_function=table, extra=log.extra)
+
+
+def merge_said(parts: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """What the ranks' judges said, in rank order, from (rows, by_function, extra, metrics) of each.
+
+    `by_function` and `extra` have one value per row (None where a rank was silent), `metrics` the mean of all calls.
+    """
+
+    def columns(which: int) -> dict[str, list]:
+        names = dict.fromkeys(name for part in parts for name in part[which])
+        return {n: [v for part in parts for v in part[which].get(n, [None] * part[0])] for n in names}
+
+    names = dict.fromkeys(name for part in parts for name in part[3])
+    logged = {n: [v for part in parts for v in part[3].get(n, [])] for n in names}
+    means = {n: sum(values) / len(values) for n, values in logged.items()}
+    return {"by_function": columns(1), "extra": columns(2), "metrics": means}
 
 
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:

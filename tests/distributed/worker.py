@@ -36,7 +36,7 @@ def main(out: str) -> None:
     )
     result = {"world": trainer.accelerator.num_processes, "tokens": [], "scores": []}
 
-    # one gradient, before clipping
+    # one gradient; `collect` gives the same again until a step is taken, before clipping
     rollout = trainer.rescore(*trainer.collect())
     rewards = torch.randn(rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(1))
     credit, _ = trainer.algorithm.estimate(rollout, rewards * rollout.completion_mask, trainer.algorithm_state)
@@ -61,25 +61,23 @@ def main(out: str) -> None:
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     mine = range(1700 * rank // world, 1700 * (rank + 1) // world)
     ids = torch.arange(mine.start, mine.stop) + 10**6
-    samples, texts, columns = trainer.sample(data, [rows[i] for i in mine], ids)
-    gathered = trainer.rescore(samples, trainer.judge_samples(samples, texts, columns))
+    prompts, samples = trainer.sample(data, [rows[i] for i in mine], ids)
+    gathered = trainer.rescore(samples, trainer.judge_samples(prompts, samples))
     result["many"] = gathered.completion_ids
     trainer.generator.max_completion_length, trainer.generator.stop_token_ids = 12, None
 
     # ten AdamW steps
-    def keep(scores, rollout, metrics):
+    def keep(rollout, metrics):
         result["tokens"].append(rollout.completion_ids)
         result["scores"].append(rollout.scores)
 
     trainer.report = keep
     trainer.train()
-    trainer.evaluate(tiny.rows(7))
-    result["evaluation"] = trainer.evaluations[-1]["metrics"]
+    result["evaluation"] = trainer.evaluate(tiny.rows(7))
     result["key_bias"] = torch.cat([key_bias(n, p) for n, p in trainer.learner.actor.named_parameters()])
     result["parameters"] = torch.cat([p.detach().flatten() for p in parameters])
     if trainer.accelerator.is_main_process:
         torch.save(result, out)
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

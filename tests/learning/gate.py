@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -43,7 +42,7 @@ def run(flags: list[str]) -> dict[str, float]:
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if "eval_score" in row]
     first, last = evaluations[0], evaluations[-1]
-    finite = all(math.isfinite(v) for row in rows for v in row.values() if v is not None) and None not in last.values()
+    finite = all(v is not None for row in rows for v in row.values())  # the recorder writes NaN and inf as null
     return {
         "dA": last["eval_scores/judge-a"] - first["eval_scores/judge-a"],
         "dB": last["eval_scores/judge_b"] - first["eval_scores/judge_b"],

@@ -13,7 +13,7 @@ from hfpg.report.recorder import Recorder, versions
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Recorder:
-    return Recorder(tmp_path, Accelerator(cpu=True), trackers=False)
+    return Recorder(tmp_path, Accelerator(cpu=True), "run")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -119,5 +119,9 @@ def test_other_processes_write_nothing(recorder: Recorder):
 def test_trackers_get_the_metrics_with_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     accelerator, seen = Accelerator(cpu=True), []
     monkeypatch.setattr(accelerator, "log", lambda values, step: seen.append((values, step)))
-    Recorder(tmp_path, accelerator, trackers=True).metrics(4, {"score": 1.0})
-    assert seen == [({"score": 1.0}, 4)]
+    monkeypatch.setattr(accelerator, "init_trackers", lambda name: seen.append(name))
+    monkeypatch.setattr(accelerator, "log_with", ["a tracker"])
+    recorder = Recorder(tmp_path, accelerator, "run")
+    recorder.metrics(4, {"score": 1.0})
+    recorder.metrics(5, {"score": 2.0})
+    assert seen == ["run", ({"score": 1.0}, 4), ({"score": 2.0}, 5)]

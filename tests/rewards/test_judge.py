@@ -14,7 +14,7 @@ import torch
 
 from hfpg.config import ConfigError
 from hfpg.rewards import Judge, RewardError
-from hfpg.rewards.judge import Log
+from hfpg.rewards.judge import Log, merge_said
 from hfpg.types import Scores
 
 
@@ -413,3 +413,17 @@ def test_an_async_function_is_called_dry_too():
         raise KeyError("model")
 
     assert dry_refusal(broken).startswith("reward function 'broken' raised KeyError")
+
+
+def test_what_several_ranks_said_is_merged_with_none_where_one_was_silent():
+    said = merge_said(
+        [(2, {"f": [1.0, None]}, {"why": ["a", "b"]}, {"m": [0.0]}), (1, {"f": [3.0]}, {}, {"m": [1.0, 2.0]})]
+    )
+    assert said["by_function"] == {"f": [1.0, None, 3.0]}
+    assert said["extra"] == {"why": ["a", "b", None]} and said["metrics"] == {"m": 1.0}
+
+
+def test_a_function_of_weight_0_watches_and_does_not_vouch_for_a_row():
+    judge = Judge([lambda completions, **k: [None, 2.0], lambda completions, **k: [7.0, 7.0]], [1.0, 0.0])
+    found = judge(["p", "q"], ["a", "b"], [[1], [2]], {})
+    assert found.weights.tolist() == [0.0, 1.0] and found.scores.tolist() == [0.0, 2.0]
