@@ -39,7 +39,7 @@ policy, ids = trainer.learner.actor.policy, torch.tensor([[3, 4, 5]])
 plain = AutoModelForCausalLM.from_pretrained("tester/tuned")
 ours = load_actor_critic(hub.pull("tester/tuned"))
 AutoTokenizer.from_pretrained("tester/tuned")
-again = build.trainer(out + "-again", model="tester/tuned", processing_class=None, algorithm=PPO(epochs=1), max_steps=1)
+again = build.trainer(out + "2", model="tester/tuned", processing_class=None, algorithm=PPO(epochs=1), max_steps=1)
 continued = torch.equal(again.learner.actor.value.linear.weight, trainer.learner.actor.value.linear.weight)
 kl = again.train()["kl_to_ref"]
 print(json.dumps({
