@@ -396,7 +396,7 @@ class PolicyGradientTrainer:
                 is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
                 algorithm_fields=dataclasses.asdict(self.algorithm),
-                rewards=self.judge.names,
+                rewards=[n for n, w in zip(self.judge.names, self.judge.weights, strict=True) if w],
                 steps=self.state.global_step,
                 seed=self.args.seed,
                 metrics={name: (first[name], last[name]) for name in last if name in first},

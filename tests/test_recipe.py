@@ -40,7 +40,7 @@ def test_the_command_of_the_readme(tmp_path):
     assert about["model"] == "hfpg/tiny-gpt2-reviews" and about["config"]["max_steps"] == 2
     assert {"metrics.jsonl", "completions.jsonl", "checkpoint-2"} <= {p.name for p in run.iterdir()}
     card = (run / "final" / "README.md").read_text()
-    assert "judge-a" in card and str(tmp_path) not in card
+    assert "rewarded by judge-a." in card and str(tmp_path) not in card
     again = recipe(*SMALL, cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "runs" / "ppo-tiny-gpt2-reviews-2").is_dir(), "nothing is overwritten"
 
