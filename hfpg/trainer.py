@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,12 +22,14 @@ from hfpg.data import PromptData, decode_completions, order, share
 from hfpg.distributed import gather_list, gather_rows, launch, raise_together
 from hfpg.events import Events
 from hfpg.generation.hf import HFGenerator
+from hfpg.interrupt import saving_first
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.ops.returns import token_rewards
 from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.report.card import CardFacts, model_card
-from hfpg.report.metrics import describe, distinct_2, explained_variance, top_bigram_share
+from hfpg.report.completions import describe_evaluation, records, shown
+from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
 from hfpg.rewards import Judge
@@ -159,7 +159,7 @@ class PolicyGradientTrainer:
         """
         args, metrics = self.args, {}
         self._begin(resume_from_checkpoint)
-        with self._nothing_lost():
+        with saving_first(self._save_before_the_end, self.terminal.say):
             while self.state.global_step < args.max_steps and not self.control.should_training_stop:
                 self.events.begin_step(self.epoch)
                 samples, scores = self.collect()  # act and judge
@@ -267,15 +267,12 @@ class PolicyGradientTrainer:
         rollout = self.rescore(samples, self.judge_samples(prompts, samples))
         self._timer = {}
         self.events.fire("on_prediction_step")
-        shown = self._texts(rollout.take(torch.argsort(rollout.sample_ids, descending=True)))
-        found = describe(rollout, self._said["by_function"]) | self._said["metrics"]
-        found["distinct_2"] = distinct_2(
-            [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
-        )
-        found["top_bigram_share"] = top_bigram_share([completion for _, completion, _ in shown])[1]
+        in_order = rollout.take(torch.argsort(rollout.sample_ids, descending=True))
+        rows = shown(in_order, self.processing_class)
+        found = describe_evaluation(rollout, self._said["by_function"], rows) | self._said["metrics"]
         metrics = {f"eval_{name}": value for name, value in found.items()}
         if dataset is None:
-            self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": shown})
+            self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": rows})
         self.recorder.metrics(self.state.global_step, metrics)
         self.events.evaluated(metrics)
         return metrics
@@ -299,31 +296,10 @@ class PolicyGradientTrainer:
             self.recorder.metrics(step, metrics)
             self.events.logged(metrics)
         if self.args.completions_steps and step % self.args.completions_steps == 0:
-            self._show_completions(step, rollout)
-
-    def _show_completions(self, step: int, rollout: Rollout) -> None:
-        rows, extra = self._texts(rollout), self._said["extra"]
-        self.recorder.completions(
-            [
-                {"step": step, "prompt": prompt, "completion": completion, "score": score}
-                | {name: values[i] for name, values in extra.items()}
-                for i, (prompt, completion, score) in enumerate(rows)
-            ]
-        )
-        if self.args.num_completions_to_print:
-            shown = rows[:: max(1, len(rows) // self.args.num_completions_to_print)]
-            self.terminal.completions(f"step {step}", shown[: self.args.num_completions_to_print])
-
-    def _texts(self, rollout: Rollout) -> list[tuple[str, str, float]]:
-        """(prompt, completion, score) of every row, decoded."""
-
-        def decode(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-            rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-            return self.processing_class.batch_decode(rows, skip_special_tokens=True)
-
-        prompts = decode(rollout.prompt_ids, rollout.prompt_mask)
-        completions = decode(rollout.completion_ids, rollout.completion_mask)
-        return list(zip(prompts, completions, rollout.scores.tolist(), strict=True))
+            rows, count = shown(rollout, self.processing_class), self.args.num_completions_to_print
+            self.recorder.completions(records(step, rows, self._said["extra"]))
+            if count:
+                self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
 
     def evaluate_if_due(self) -> None:
         """Evaluate when a callback or `eval_steps` asks for it."""
@@ -426,12 +402,12 @@ class PolicyGradientTrainer:
         private = self.args.hub_private_repo if private is None else private
         return self._on_main(lambda: hub.push_folder(folder, repo, private=private, revision=revision)) or ""
 
-    def summary(self, saved: Path, shown: int = 6) -> None:
+    def summary(self, saved: Path, prompts: int = 6) -> None:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
         require(
             bool(self.evaluations), "summary needs an evaluation; call trainer.evaluate() before and after train()"
         )
-        self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), shown)
+        self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), prompts)
 
     # ── around the loop ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -508,37 +484,17 @@ class PolicyGradientTrainer:
             url = self.push_to_hub()
             self.terminal.say(f"pushed to {url}")
 
-    @contextlib.contextmanager
-    def _nothing_lost(self) -> Iterator[None]:
-        """Save what has been trained before an error, Ctrl-C or SIGTERM ends the run."""
-
-        def terminate(number: int, frame: Any) -> None:
-            raise SystemExit(128 + number)
-
-        ours = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, terminate) if ours else None
-        try:
-            yield
-        except BaseException:
-            self.terminal.stop()
-            unsaved = self.state.global_step > max(self._saved_step, 0)
-            if self.accelerator.is_main_process and (unsaved or self._updating):
-                self._save_before_the_end()
-            raise
-        finally:
-            if ours:
-                signal.signal(signal.SIGTERM, before)
-
     def _save_before_the_end(self) -> None:
-        try:
-            if self._updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
-                where = self.output_dir / "interrupted"
-                save_actor_critic(self.learner.actor, where)
-            else:
-                where = self._write_checkpoint()
-            self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved in {where}")
-        except Exception as error:  # the first error is the one to raise
-            self.terminal.say(f"what was trained since step {max(self._saved_step, 0)} could not be saved: {error}")
+        self.terminal.stop()
+        unsaved = self.state.global_step > max(self._saved_step, 0)
+        if not self.accelerator.is_main_process or not (unsaved or self._updating):
+            return
+        if self._updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
+            where = self.output_dir / "interrupted"
+            save_actor_critic(self.learner.actor, where)
+        else:
+            where = self._write_checkpoint()
+        self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved in {where}")
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import pipeline
 
@@ -54,7 +55,8 @@ def test_the_users_own_model_reward_and_data(tmp_path):
     (tmp_path / "run.yaml").write_text("max_steps: 3\nprompts_per_step: 8\nepochs: 1\nlearning_rate: 1e-4\n")
     flags = ["--config", "run.yaml", "--model", "model", "--reward", "judge.py:judge", "--dataset", "data.jsonl"]
     flags += ["--output_dir", "out", "--max_steps", "2", "--torch_threads", "1", "--max_completion_length", "5"]
-    done = recipe(*flags, launcher=(), cwd=tmp_path)
+    config = ("--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"))
+    done = recipe(*flags, launcher=("-m", "accelerate.commands.launch", *config), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["config"]["max_steps"] == 2, "flags win over the file"
@@ -65,6 +67,29 @@ def test_the_users_own_model_reward_and_data(tmp_path):
     tuned = load_policy(str(tmp_path / "out" / "final"))
     gap = max((a - b).abs().max() for a, b in zip(tuned.parameters(), model.parameters(), strict=True))
     assert gap > 0
+
+
+@pytest.mark.distributed
+def test_the_documented_command_for_two_cpu_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = recipe(*SMALL, "--output_dir", "run", launcher=torchrun, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    assert done.stdout.count("before → after 2 steps") == 1, "one process speaks"
+
+
+def test_a_dataset_that_is_not_there_is_one_sentence(tmp_path):
+    done = recipe("--dataset", "nothing.jsonl", launcher=(), cwd=tmp_path)
+    assert done.returncode == 2 and "cannot load the data set 'nothing.jsonl'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_make_without_a_python_says_what_is_needed(tmp_path):
+    command = ["make", "demo", "PYTHON=", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "hfpg needs Python 3.11 or newer with its venv module" in done.stdout
 
 
 def test_every_field_is_a_flag():

@@ -259,41 +259,6 @@ _PAPERS = {
         2017,
         "arXiv:1707.06347",
     ),
-    "trpo": _Paper(
-        "schulman2015trust",
-        "Trust Region Policy Optimization",
-        "Schulman, John and Levine, Sergey and Moritz, Philipp and Jordan, Michael I. and Abbeel, Pieter",
-        2015,
-        "arXiv:1502.05477",
-    ),
-    "a2c": _Paper(
-        "mnih2016asynchronous",
-        "Asynchronous Methods for Deep Reinforcement Learning",
-        "Mnih, Volodymyr and others",
-        2016,
-        "arXiv:1602.01783",
-    ),
-    "rloo": _Paper(
-        "ahmadian2024back",
-        "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
-        "Ahmadian, Arash and others",
-        2024,
-        "arXiv:2402.14740",
-    ),
-    "grpo": _Paper(
-        "shao2024deepseekmath",
-        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
-        "Shao, Zhihong and others",
-        2024,
-        "arXiv:2402.03300",
-    ),
-    "remax": _Paper(
-        "li2023remax",
-        "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models",
-        "Li, Ziniu and others",
-        2023,
-        "arXiv:2310.10505",
-    ),
 }
 
 

@@ -142,8 +142,3 @@ class Terminal:
         """Leave the live view; safe to call twice."""
         if self.live is not None:
             self.live.stop()
-
-
-def percent(x: Any) -> str:
-    """A share as a percentage."""
-    return f"{100 * float(x):.0f} %"

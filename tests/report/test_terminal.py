@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from hfpg.report.terminal import Terminal, percent, printable, spoken
+from hfpg.report.terminal import Terminal, printable, spoken
 
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x1b[31m\x9b5m"
@@ -159,7 +159,3 @@ def test_before_and_after_stand_side_by_side():
 )
 def test_durations(seconds: float, words: str):
     assert spoken(seconds) == words
-
-
-def test_percent():
-    assert percent(0.126) == "13 %"

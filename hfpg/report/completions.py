@@ -1,0 +1,46 @@
+"""Prompts and completions as people read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hfpg.report.metrics import describe, distinct_2, top_bigram_share
+from hfpg.types import Rollout
+
+
+Shown = tuple[str, str, float]
+"""(prompt, completion, score)."""
+
+
+def shown(rollout: Rollout, tokenizer: Any) -> list[Shown]:
+    """Every row, decoded, in the rollout's order."""
+
+    def decode(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    prompts = decode(rollout.prompt_ids, rollout.prompt_mask)
+    completions = decode(rollout.completion_ids, rollout.completion_mask)
+    return list(zip(prompts, completions, rollout.scores.tolist(), strict=True))
+
+
+def records(step: int, rows: list[Shown], extra: dict[str, list]) -> list[dict[str, Any]]:
+    """Lines of completions.jsonl; `extra` holds what reward functions logged per completion."""
+    return [
+        {"step": step, "prompt": prompt, "completion": completion, "score": score}
+        | {name: values[i] for name, values in extra.items()}
+        for i, (prompt, completion, score) in enumerate(rows)
+    ]
+
+
+def describe_evaluation(
+    rollout: Rollout, by_function: dict[str, list[float | None]], rows: list[Shown]
+) -> dict[str, float]:
+    """Metrics of held-out prompts: those of a rollout, and how alike the texts have become."""
+    tokens = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+    return describe(rollout, by_function) | {
+        "distinct_2": distinct_2(tokens),
+        "top_bigram_share": top_bigram_share([completion for _, completion, _ in rows])[1],
+    }
