@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hfpg
-from hfpg.algorithms import PPO, Reinforce
+from hfpg.algorithms import A2C, PPO, RLOO, Reinforce
 from hfpg.config import ConfigError, TrainConfig, field, parse
 
 
@@ -254,17 +254,17 @@ def reads(cls: type) -> Iterator[str]:
                     yield node.attr
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, PPO, Reinforce])
+@pytest.mark.parametrize("cls", [TrainConfig, PPO, A2C, Reinforce])
 def test_every_field_is_read_somewhere(cls: type):
     ignored = {f.name for f in dataclasses.fields(cls)} - set(reads(cls))
     assert not ignored, f"{cls.__name__} accepts and ignores {sorted(ignored)}"
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, PPO, Reinforce])
+@pytest.mark.parametrize("cls", [TrainConfig, PPO, A2C, Reinforce, RLOO])
 def test_every_field_has_a_help_text(cls: type):
     assert not [f.name for f in dataclasses.fields(cls) if not f.metadata.get("help")]
 
 
-@pytest.mark.parametrize("cls", [PPO, Reinforce])
+@pytest.mark.parametrize("cls", [PPO, A2C, Reinforce, RLOO])
 def test_no_name_is_both_a_method_knob_and_a_run_knob(cls: type):
     assert not {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(TrainConfig)}

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hfpg import ConfigError
-from hfpg.algorithms import PPO, Reinforce
+from hfpg.algorithms import A2C, PPO, RLOO, Reinforce
 from hfpg.models import load_actor_critic
 from hfpg.ops.masked import row_mean
 from tests import build, tiny
@@ -40,6 +40,8 @@ ALGORITHMS = {
     "none": Reinforce(baseline="none", kl_coef=0.0, num_generations=2),
     "ema": Reinforce(baseline="ema", kl_coef=0.02),
     "batch": Reinforce(baseline="batch", kl_coef=0.02, entropy_coef=0.001),
+    "a2c": A2C(kl_coef=0.02, entropy_coef=0.001, kl_target=2.0),
+    "rloo": RLOO(kl_coef=0.02),
     "value": Reinforce(baseline="value", kl_coef=0.02, kl_target=2.0),
 }
 

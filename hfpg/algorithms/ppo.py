@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch
 
+from hfpg.algorithms.critic import credit_by_values
 from hfpg.algorithms.kl_control import check_kl, next_kl_coef
 from hfpg.config import check_choices, field, require
 from hfpg.learner import Learner
 from hfpg.ops.kl import k3
-from hfpg.ops.masked import Aggregation, center_and_scale
+from hfpg.ops.masked import Aggregation
 from hfpg.ops.objectives import clip_fraction, clipped_surrogate, ratio, value_error
-from hfpg.ops.returns import gae
 from hfpg.types import Estimates, Rollout, Scored, TokenLoss
 
 
@@ -74,12 +74,7 @@ class PPO:
 
     def estimate(self, rollout: Rollout, rewards: torch.Tensor, state: PPOState) -> tuple[Estimates, PPOState]:
         """Advantages by GAE and returns A + V, from token rewards [B, C]. Whitening is over the whole rollout."""
-        assert rollout.values is not None  # the trainer builds a value head because `value` is set
-        advantages = gae(rewards, rollout.values, rollout.completion_mask, self.gamma, self.lam)
-        returns = torch.where(rollout.completion_mask, advantages + rollout.values, 0)
-        if self.whiten_advantages:
-            advantages = center_and_scale(advantages, rollout.completion_mask, rollout.weights)
-        return Estimates(advantages, returns), state
+        return credit_by_values(rollout, rewards, self.gamma, self.lam, self.whiten_advantages), state
 
     def loss(self, new: Scored, rows: Rollout, credit: Estimates) -> TokenLoss:
         """L_t = clipped surrogate + c₁ · value error − c₂ · entropy (eq. 9 of the paper, negated)."""

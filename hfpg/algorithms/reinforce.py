@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from hfpg.algorithms.kl_control import check_kl, next_kl_coef
 from hfpg.config import check_choices, field, require
 from hfpg.learner import Learner
-from hfpg.ops.baselines import RunningMean, leave_one_out, update_running_mean
+from hfpg.ops.baselines import RunningMean, group_leave_one_out, leave_one_out, update_running_mean
 from hfpg.ops.masked import Aggregation
 from hfpg.ops.objectives import policy_gradient, value_error
 from hfpg.ops.returns import rewards_to_go
@@ -31,11 +31,12 @@ class Reinforce:
     """One optimizer step per rollout on −(G_t − b) log π(y_t): an unbiased gradient of the expected reward.
 
     Baselines: `none`; `ema`, the running mean of past returns; `batch`, the mean return of the batch's other rows;
-    `value`, a learned V(s_t). None of them depends on the action it is subtracted from.
+    `group`, the mean return of the prompt's other samples (needs num_generations ≥ 2); `value`, a learned V(s_t). None
+    of them depends on the action it is subtracted from.
     """
 
     num_generations: int = field(1, "K: completions per prompt.")
-    baseline: Literal["none", "ema", "batch", "value"] = field("ema", "What is subtracted from the return.")
+    baseline: Literal["none", "ema", "batch", "group", "value"] = field("ema", "What is subtracted from the return.")
     ema_decay: float = field(0.9, "Decay of the running mean, per step.")
     gamma: float = field(1.0, "γ: discount per token.")
     value_coef: float = field(0.1, "c₁: weight of the value error, with baseline='value'.")
@@ -48,6 +49,11 @@ class Reinforce:
         check_choices(self)
         check_kl(self.kl_coef, self.kl_target)
         require(self.num_generations >= 1, f"num_generations={self.num_generations} must be at least 1")
+        require(
+            self.baseline != "group" or self.num_generations >= 2,
+            f"baseline='group' compares the samples of one prompt, and num_generations={self.num_generations} leaves "
+            "nothing to compare with; set it to 4, or use baseline='ema'",
+        )
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be at least 0 and below 1, such as 0.9")
         require(0 < self.gamma <= 1, f"gamma={self.gamma} must be above 0 and at most 1")
 
@@ -56,7 +62,7 @@ class Reinforce:
         """The value head that this method needs."""
         return "shared" if self.baseline == "value" else None
 
-    minibatches = 1
+    minibatches: ClassVar[int] = 1
 
     def init(self) -> ReinforceState:
         """The state before the first step."""
@@ -75,6 +81,8 @@ class Reinforce:
             running = update_running_mean(running, returns[:, 0], rollout.weights, self.ema_decay)
         elif self.baseline == "batch":
             baseline = leave_one_out(returns, rollout.weights)
+        elif self.baseline == "group":
+            baseline = group_leave_one_out(returns, rollout.weights, rollout.group_ids)
         else:
             assert rollout.values is not None  # the trainer builds a value head because `value` is set
             baseline = rollout.values
@@ -101,3 +109,11 @@ class Reinforce:
             rollout, credit, self.loss, aggregation=self.aggregation, with_entropy=self.entropy_coef != 0
         )
         return metrics, replace(state, kl_coef=next_kl_coef(state.kl_coef, self.kl_target, rollout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOO(Reinforce):
+    """REINFORCE whose baseline is the mean of the prompt's other samples (Ahmadian et al. 2024, arXiv 2402.14740)."""
+
+    num_generations: int = field(4, "K: completions per prompt, at least 2.")
+    baseline: Literal["none", "ema", "batch", "group", "value"] = field("group", "What is subtracted from the return.")

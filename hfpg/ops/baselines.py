@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hfpg.ops.masked import row_mean
@@ -20,6 +20,22 @@ def leave_one_out(returns: Float[Tensor, "B C"], weights: Float[Tensor, " B"]) -
     first = torch.where(weights > 0, returns[:, 0] * weights, 0)
     others = weights.sum() - weights
     return torch.where(others > 0, (first.sum() - first) / others.clamp(min=1e-12), 0)[:, None].expand_as(returns)
+
+
+def group_leave_one_out(
+    returns: Float[Tensor, "B C"], weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
+) -> Float[Tensor, "B C"]:
+    """b_i,t = mean over the *other* samples of the same prompt of their return at t = 0 (RLOO, arXiv 2402.14740).
+
+    Rows of weight 0 do not count; a row without another counting sample in its group has baseline 0.
+    """
+    same = (group_ids[:, None] == group_ids[None, :]) & ~torch.eye(
+        len(group_ids), dtype=torch.bool, device=weights.device
+    )
+    share = same.to(weights.dtype) * weights
+    first = torch.where(weights > 0, returns[:, 0], 0)
+    total = share.sum(1)
+    return torch.where(total > 0, share @ first / total.clamp(min=1e-12), 0)[:, None].expand_as(returns)
 
 
 class RunningMean(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hfpg.algorithms import Reinforce
+from hfpg.algorithms import RLOO, Reinforce
 from hfpg.algorithms.kl_control import kl_per_completion
 from hfpg.algorithms.reinforce import ReinforceState
 from hfpg.config import ConfigError
@@ -257,3 +257,13 @@ def test_settings_are_frozen_and_by_keyword():
         Reinforce().gamma = 0.5  # type: ignore[misc]
     with pytest.raises(TypeError):
         Reinforce(4)  # type: ignore[misc]
+
+
+def test_a_group_of_one_has_nothing_to_compare_with():
+    with pytest.raises(
+        ConfigError, match="baseline='group' compares the samples of one prompt, and num_generations=1"
+    ):
+        Reinforce(baseline="group")
+    with pytest.raises(ConfigError, match="set it to 4, or use baseline='ema'"):
+        RLOO(num_generations=1)
+    assert RLOO().num_generations == 4 and RLOO().baseline == "group"

@@ -1,6 +1,6 @@
 """The recipe's gate: does `recipes/ppo_gpt2.py`, as shipped, teach the policy without spoiling it?
 
-    python tests/learning/gate.py            two seeds and the flipped sign, 25 steps, a smaller gain (CI)
+    python tests/learning/gate.py            two seeds and the flipped sign, 30 steps, a smaller gain (CI)
     python tests/learning/gate.py --full     five seeds of the default settings and the controls that must fail
 
 Every run is the recipe itself in a process of its own with one thread, two runs at a time. What is judged: the first
@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--max_steps", "25", "--completions_steps", "0", "--save_steps", "0"]
+SHORT = ["--max_steps", "30", "--lr_scheduler_type", "constant", "--completions_steps", "0", "--save_steps", "0"]
 GAIN, SHORT_GAIN = 0.40, 0.15
 COLUMNS = ("dA", "dB", "KL", "entropy", "length", "distinct-2", "kept", "top bigram", "seconds")
 CONTROLS = {

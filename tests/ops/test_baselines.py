@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hfpg.ops.baselines import RunningMean, leave_one_out, update_running_mean
+from hfpg.ops.baselines import RunningMean, group_leave_one_out, leave_one_out, update_running_mean
 
 
 def test_leave_one_out_is_the_mean_of_the_others():
@@ -73,3 +73,22 @@ def test_decay_0_remembers_the_last_batch_only():
 def test_a_batch_where_no_row_counts_leaves_the_state():
     state = RunningMean(0.3, 0.1)
     assert update_running_mean(state, torch.tensor([math.nan, 5.0]), torch.zeros(2), 0.9) == state
+
+
+def test_the_groups_others_are_the_baseline():
+    g = torch.Generator().manual_seed(1)
+    returns = torch.randn(8, 3, generator=g, dtype=torch.float64)
+    weights = torch.tensor([1.0, 1, 1, 0, 1, 1, 0, 1], dtype=torch.float64)
+    groups = torch.tensor([5, 9, 5, 5, 9, 2, 2, 5])
+    returns[3] = math.nan  # an unscored row: it counts for nobody
+    found = group_leave_one_out(returns, weights, groups)
+    for i in range(8):
+        others = [j for j in range(8) if j != i and groups[j] == groups[i] and weights[j] > 0]
+        expected = sum(float(returns[j, 0]) for j in others) / len(others) if others else 0.0
+        assert found[i].tolist() == pytest.approx([expected] * 3, abs=1e-12)
+
+
+def test_one_group_is_the_batch():
+    returns, weights = torch.randn(6, 2), torch.ones(6)
+    whole = group_leave_one_out(returns, weights, torch.zeros(6, dtype=torch.long))
+    torch.testing.assert_close(whole, leave_one_out(returns, weights))

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from hfpg.algorithms import PPO, Reinforce
+from hfpg.algorithms import A2C, PPO, RLOO, Reinforce
 from hfpg.algorithms.reinforce import ReinforceState
 from hfpg.ops.returns import token_rewards
 from tests.oracle.world import PROMPTS, World, error
@@ -53,6 +53,13 @@ def test_ppo_takes_the_policy_gradient_first(kl_coef, value):
     assert error(world.estimated_gradient(algorithm, world.rollout()), world.objective_gradient(kl_coef)) < EXACT
 
 
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_a2c_is_unbiased_at_lambda_one_for_any_value_function(value):
+    world = World(value)
+    algorithm = A2C(kl_coef=0.3, value=value, value_coef=0.0, aggregation="sequence_sum")
+    assert error(world.estimated_gradient(algorithm, world.rollout()), world.objective_gradient(0.3)) < EXACT
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
 def test_gae_is_unbiased_with_the_exact_value_function_for_every_lambda(lam):
     world = World("shared")
@@ -71,10 +78,13 @@ def test_gae_with_a_wrong_value_function_is_biased_below_lambda_one():
     assert errors[0] > errors[1] > errors[2] > 1e-3
 
 
-def test_leave_one_out_over_pairs_is_unbiased():
-    """The batch baseline, end to end: every pair of completions, weighted by its probability."""
+@pytest.mark.parametrize(
+    "algorithm", [Reinforce(baseline="batch", kl_coef=0.3), RLOO(kl_coef=0.3)], ids=["batch", "rloo"]
+)
+def test_leave_one_out_over_pairs_is_unbiased(algorithm):
+    """The batch and the group baseline, end to end: every pair of completions, weighted by its probability."""
     world = World(temperature=1.3)
-    rollout, algorithm = world.rollout(), Reinforce(baseline="batch", kl_coef=0.3)
+    rollout = world.rollout()
     expected = torch.zeros_like(world.objective_gradient())
     prompt = 0
     rows = (world.samples.group_ids == prompt).nonzero()[:, 0].tolist()
