@@ -1,5 +1,5 @@
 # make demo    set up and train          make test    set up and test
-# make check   ruff, types, floors       make gate    the recipe's full learning gate (about half an hour)
+# make check   ruff, types, floors       make gate    the recipe's full learning gate (a quarter of an hour)
 # Your own pip settings are honoured (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf). PYTHON=… chooses the interpreter.
 
 VENV ?= .venv

@@ -441,6 +441,7 @@ class PolicyGradientTrainer:
             self.events.state, self.run = load_checkpoint(path, self.learner, self._settings())
             self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
             self._saved_step = self.state.global_step
+            self.events.handler.lr_scheduler = self.learner.scheduler  # made anew for the step that is resumed
         elif resume:
             self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0")
         elif self.state.global_step == 0:
