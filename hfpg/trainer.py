@@ -495,7 +495,8 @@ class PolicyGradientTrainer:
             save_actor_critic(self.learner.actor, where)
         else:
             where = self._write_checkpoint()
-        self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved in {where}")
+        again = "start from" if self._updating else "resume_from_checkpoint=True goes on from"
+        self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved: {again} {where}")
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -384,7 +384,7 @@ def test_an_interrupt_inside_a_step_leaves_an_exact_place_to_resume(where, call,
     assert torch.equal(parameters(whole), parameters(again)) and whole.run == again.run
 
 
-def test_sigterm_saves_what_was_trained(tmp_path):
+def test_sigterm_saves_what_was_trained(tmp_path, capsys):
     def judge(completions, trainer_state, **k):
         if trainer_state is not None and trainer_state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -395,6 +395,8 @@ def test_sigterm_saves_what_was_trained(tmp_path):
         build.trainer(tmp_path, reward=judge, max_steps=9).train()
     assert ended.value.code == 143 and (tmp_path / "checkpoint-2").is_dir()
     assert signal.getsignal(signal.SIGTERM) is before
+    said = f"what was trained is saved: resume_from_checkpoint=True goes on from {tmp_path / 'checkpoint-2'}"
+    assert said in capsys.readouterr().out
 
 
 def test_going_back_in_the_same_trainer_is_exact(tmp_path):
