@@ -37,6 +37,10 @@ MAY_CHANGE = {  # every other setting changes what is trained
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
 @dataclasses.dataclass
 class RunState:
     """Where a run stands, beside the weights: everything that is not a function of the seed."""
@@ -48,16 +52,30 @@ class RunState:
 def save_checkpoint(
     folder: Path, learner: Learner, tokenizer: Any, trainer_state: TrainerState, run: RunState, config: dict[str, Any]
 ) -> Path:
-    """Write `checkpoint-N` into `folder` and return its path. Call it on one process only."""
+    """Write `checkpoint-N` into `folder` and return its path. Call it on one process only.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say). Nothing half-written
+            stays; what was there before does.
+    """
     target = folder / f"checkpoint-{trainer_state.global_step}"
     work = target.with_name(target.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    save_actor_critic(learner.actor, work)
-    tokenizer.save_pretrained(work)
-    save_file(learner.optimizer_state(), work / OPTIMIZER_FILE)
-    trainer_state.save_to_json(str(work / "trainer_state.json"))
-    state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config}
-    (work / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    try:
+        save_actor_critic(learner.actor, work)
+        tokenizer.save_pretrained(work)
+        save_file(learner.optimizer_state(), work / OPTIMIZER_FILE)
+        trainer_state.save_to_json(str(work / "trainer_state.json"))
+        state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config}
+        (work / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    except Exception as error:
+        shutil.rmtree(work, ignore_errors=True)
+        free = shutil.disk_usage(folder).free // 2**20
+        kept = [p.name for p in checkpoints(folder)]
+        raise CheckpointError(
+            f"{target} could not be written: {error} ({free} MiB are free there); complete checkpoints: "
+            f"{kept or 'none'}. Make room, or name another output_dir"
+        ) from error
     shutil.rmtree(target, ignore_errors=True)
     os.replace(work, target)
     return target

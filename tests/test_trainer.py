@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +22,7 @@ from transformers import (
 
 from hfpg import ConfigError
 from hfpg.algorithms import A2C, PPO, RLOO, Reinforce
+from hfpg.checkpoint import CheckpointError
 from hfpg.models import load_actor_critic
 from hfpg.ops.masked import row_mean
 from tests import build, tiny
@@ -321,6 +323,25 @@ def test_a_checkpoint_is_a_model_folder_without_pickles(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     files = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
     assert files <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+
+
+def test_a_full_disk_is_one_sentence_and_spoils_nothing(tmp_path, monkeypatch):
+    trainer = build.trainer(tmp_path, max_steps=4, save_steps=1)
+
+    def full(tensors, path):
+        if trainer.state.global_step == 3:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("hfpg.checkpoint.save_file", full)
+    sentence = r"checkpoint-3 could not be written: .*No space left on device.*MiB are free there.*'checkpoint-2'"
+    with pytest.raises(CheckpointError, match=sentence):
+        trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    monkeypatch.undo()
+    again = build.trainer(tmp_path, max_steps=4, save_steps=1, resume_from_checkpoint="True")
+    again.train()
+    assert again.state.global_step == 4
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
