@@ -23,6 +23,7 @@ from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, load_value_head, save_actor_critic
 from hfpg.pretrained import is_peft
+from hfpg.replay import REPLAY_FILE, Replay
 
 
 FORMAT = 1
@@ -50,7 +51,13 @@ class RunState:
 
 
 def save_checkpoint(
-    folder: Path, learner: Learner, tokenizer: Any, trainer_state: TrainerState, run: RunState, config: dict[str, Any]
+    folder: Path,
+    learner: Learner,
+    tokenizer: Any,
+    trainer_state: TrainerState,
+    run: RunState,
+    config: dict[str, Any],
+    replay: Replay | None = None,
 ) -> Path:
     """Write `checkpoint-N` into `folder` and return its path. Call it on one process only.
 
@@ -65,6 +72,8 @@ def save_checkpoint(
         save_actor_critic(learner.actor, work)
         tokenizer.save_pretrained(work)
         save_file(learner.optimizer_state(), work / OPTIMIZER_FILE)
+        if replay is not None and replay.rollouts:
+            save_file(replay.state(), work / REPLAY_FILE)
         trainer_state.save_to_json(str(work / "trainer_state.json"))
         state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config}
         (work / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")

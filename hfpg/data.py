@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import load_dataset
 
 from hfpg.config import ConfigError, nearest, require
 from hfpg.ops.keyed import permutation
@@ -210,3 +211,26 @@ def read_chat_template(path: str) -> str:
         raise ConfigError(
             f"chat_template={path!r} cannot be read: {error.strerror}; give the path of a Jinja file"
         ) from None
+
+
+def plain_text(prompt: Text) -> str:
+    """A prompt as one text: itself, or the content of a conversation's last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def load_prompts(source: str, held_out: int) -> tuple[Any, Any]:
+    """Training and held-out rows of a Hub data set or a .json, .jsonl or .csv file: at most a fifth is held out.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is too small to hold anything out.
+    """
+    kind = Path(source).suffix.lstrip(".").replace("jsonl", "json")
+    try:
+        files = {"path": kind, "data_files": source} if kind in ("json", "csv") else {"path": source}
+        rows = load_dataset(**files, split="train")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the data set {source!r}: {str(error).splitlines()[0]}") from error
+    count = min(held_out, len(rows) // 5)
+    require(count >= 1, f"{source} has {len(rows)} rows; it needs at least 5, a fifth is held out")
+    split = rows.train_test_split(count, seed=0)
+    return split["train"], split["test"]

@@ -11,7 +11,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +22,24 @@ from transformers import get_scheduler
 from hfpg.config import TrainConfig, require
 from hfpg.models import ActorCritic, Reference
 from hfpg.ops.keyed import permutation
-from hfpg.ops.masked import Aggregation, token_coefficients
+from hfpg.ops.masked import Aggregation, extent, token_coefficients
 from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
 
 
 LossFunction = Callable[[Scored, Rollout, Estimates], TokenLoss]
 R = TypeVar("R", Samples, Rollout)
 E = TypeVar("E", Samples, Rollout, Estimates)
-OldScores = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Trained = Literal["all", "value"]
+
+
+class OldScores(NamedTuple):
+    """What the policy says of samples before the update: [B, C] each, `last_values` [B]; None where absent."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor | None
+    values: Tensor | None
+    last_values: Tensor | None
 
 
 class Learner:
@@ -64,31 +74,32 @@ class Learner:
     # ── scoring
 
     @torch.no_grad()
-    def score(self, samples: Samples) -> OldScores:
+    def score(self, samples: R, with_last_values: bool = False) -> OldScores:
         """log π_old, entropy, log π_ref and V(s_t) of samples, each [B, C]; the latter two None where absent.
 
-        The same forward that trains, so the ratio of the first minibatch is 1 up to rounding.
+        `with_last_values`: also V after the last chosen token, [B]. The same forward that trains, so the ratio of the
+        first minibatch is 1 up to rounding.
         """
-        shape = samples.completion_ids.shape
-        old, spread, ref, values = (torch.zeros(shape, device=samples.completion_ids.device) for _ in range(4))
-        batches = micro_batches(
-            samples.prompt_mask.sum(1), samples.completion_mask.sum(1), 4 * self.args.max_tokens_per_micro_batch
-        )
-        for rows in batches:
+        shape, device = samples.completion_ids.shape, samples.completion_ids.device
+        found: dict[str, Tensor] = {}
+
+        def put(name: str, rows: Tensor, values: Tensor | None) -> None:
+            if values is None:
+                return
+            size = shape if values.dim() == 2 else shape[:1]
+            target = found.setdefault(name, torch.zeros(size, device=device, dtype=values.dtype))
+            target[(rows, slice(values.shape[1])) if values.dim() == 2 else rows] = values
+
+        budget = 4 * self.args.max_tokens_per_micro_batch
+        for rows in micro_batches(samples.prompt_mask.sum(1), extent(samples.completion_mask), budget):
             inputs = model_inputs(trim(samples.take(rows)), self.args.temperature)
-            width = inputs["completion_ids"].shape[1]
             with self.accelerator.autocast():
-                scored = self.actor(**inputs, with_entropy=True)
+                scored = self.actor(**inputs, with_entropy=True, with_last_values=with_last_values)
                 reference = None if self.reference is None else self.reference.logprobs(**inputs)
-            assert scored.entropy is not None  # asked for in the line above
-            if scored.logprobs.dtype != old.dtype:  # a float64 policy stays float64
-                old, spread, ref, values = (x.to(scored.logprobs.dtype) for x in (old, spread, ref, values))
-            old[rows, :width], spread[rows, :width] = scored.logprobs, scored.entropy
-            if reference is not None:
-                ref[rows, :width] = reference.to(ref.dtype)
-            if scored.values is not None:
-                values[rows, :width] = scored.values.to(values.dtype)
-        return old, spread, None if self.reference is None else ref, None if self.actor.value is None else values
+            said = scored._asdict() | {"ref_logprobs": reference}
+            for name in OldScores._fields:
+                put(name, rows, None if said[name] is None else said[name].to(scored.logprobs.dtype))
+        return OldScores(**{name: found.get(name) for name in OldScores._fields})  # type: ignore[arg-type]
 
     # ── training
 
@@ -103,13 +114,16 @@ class Learner:
         minibatches: int = 1,
         max_kl: float | None = None,
         with_entropy: bool = False,
+        with_kl: bool = False,
+        train: Trained = "all",
     ) -> dict[str, float]:
         """`epochs` passes over the rollout in `minibatches` optimizer steps each.
 
         Rows are dealt to minibatches by a permutation that is a function of (seed, step, epoch). The update ends early
         when a minibatch's mean `kl_to_old` exceeds `max_kl` (that minibatch is not stepped on), or its gradient is not
-        finite or no row of it has a weight (skipped; parameters are left as they are). Returns metrics averaged over
-        the minibatches done.
+        finite or no row of it has a weight (skipped; parameters are left as they are). `train="value"` leaves the
+        policy as it is. `with_kl`: the loss gets the exact KL to the reference. Returns metrics averaged over the
+        minibatches done.
         """
         totals: dict[str, float] = {}
         steps, ended = 0, ""
@@ -118,8 +132,10 @@ class Learner:
             order = permutation(len(rollout), self.args.seed, "minibatch", self.turn, epoch)
             for rows in order.tensor_split(minibatches):
                 metrics, largest = self.gradient(
-                    rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy
+                    rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy, with_kl
                 )
+                if train == "value":
+                    self.forget_policy_gradient()
                 first_error = first_error if steps else largest
                 if max_kl is not None and metrics.get("kl_to_old", 0.0) > max_kl:
                     ended = "kl_stops"
@@ -146,6 +162,7 @@ class Learner:
         loss: LossFunction,
         aggregation: Aggregation,
         with_entropy: bool = False,
+        with_kl: bool = False,
     ) -> tuple[dict[str, float], float]:
         """Accumulate the gradient of one minibatch (the same rows on every rank) in `.grad`, before clipping.
 
@@ -156,10 +173,11 @@ class Learner:
         longest = self.args.max_completion_length
         coefficients = token_coefficients(rollout.completion_mask, rollout.weights, aggregation, longest)
         means = token_coefficients(rollout.completion_mask, rollout.weights, "token_mean")
-        mine = balance(rollout.lengths, world)[rank]
+        counting = (rollout.weights > 0).nonzero()[:, 0].cpu()  # the other rows add exactly nothing
+        mine = counting[balance(rollout.lengths[counting], world)[rank]]
         parts = micro_batches(
             rollout.prompt_mask.sum(1)[mine],
-            rollout.completion_mask.sum(1)[mine],
+            extent(rollout.completion_mask)[mine],
             self.args.max_tokens_per_micro_batch,
         )
         batches = [mine[part] for part in parts]
@@ -173,7 +191,9 @@ class Learner:
                 part = trim(rollout.take(rows))
                 width = part.completion_ids.shape[1]
                 credit = clip_columns(estimates.take(rows), width)
-                new = self.model(**model_inputs(part, self.args.temperature), with_entropy=with_entropy)
+                inputs = model_inputs(part, self.args.temperature)
+                reference = self.reference if with_kl else None
+                new = self.model(**inputs, with_entropy=with_entropy, reference=reference)
                 token = loss(new, part, credit)
                 weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
                 total = weighted.sum()
@@ -183,7 +203,8 @@ class Learner:
             if not last:
                 self.on_event("on_substep_end")
             with torch.no_grad():
-                largest = torch.maximum(largest, (new.logprobs - part.old_logprobs).abs().max())
+                change = torch.where(part.completion_mask, new.logprobs - part.old_logprobs, 0)
+                largest = torch.maximum(largest, change.abs().max())
                 found = {
                     k: (torch.where(part.completion_mask, v, 0) * means[rows, :width]).sum()
                     for k, v in token.metrics.items()
@@ -193,6 +214,12 @@ class Learner:
         names = sorted(sums)
         reduced = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="sum")
         return dict(zip(names, reduced.tolist(), strict=True)), float(self.accelerator.gather(largest[None]).max())
+
+    def forget_policy_gradient(self) -> None:
+        """Drop what was accumulated for the policy: the next step trains the value function alone."""
+        for name, parameter in self.actor.named_parameters():
+            if not name.startswith("value."):
+                parameter.grad = None
 
     def clip(self) -> float:
         """Scale the accumulated, reduced gradient down to `max_grad_norm`; returns the norm before."""
@@ -285,7 +312,7 @@ def model_inputs(rows: Samples | Rollout, temperature: float) -> dict[str, Any]:
 def trim(rows: R) -> R:
     """The same rows without the prompt columns and the completion columns that are padding in all of them."""
     prompt = max(1, int(rows.prompt_mask.sum(1).max()))
-    completion = max(1, int(rows.completion_mask.sum(1).max()))
+    completion = max(1, int(extent(rows.completion_mask).max()))
     return clip_columns(rows, completion, prompt)
 
 

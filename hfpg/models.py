@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,17 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
-from hfpg.ops.logprobs import CHUNK_ELEMENTS, chosen_logprobs, entropy, sampling_logits, score_in_chunks
+from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
+from hfpg.ops.kl import full as full_kl
+from hfpg.ops.logprobs import (
+    CHUNK_ELEMENTS,
+    chosen_logprobs,
+    entropy,
+    kl_in_chunks,
+    sampling_logits,
+    score_in_chunks,
+)
+from hfpg.ops.masked import extent
 from hfpg.pretrained import causal_lm, is_peft, load_policy, load_pretrained
 from hfpg.types import Scored
 
@@ -106,39 +116,42 @@ class ActorCritic(nn.Module):
         kept: UInt8[Tensor, "B C bytes"] | None = None,
         with_entropy: bool = False,
         with_values: bool = True,
+        with_last_values: bool = False,
+        reference: Reference | ActorCritic | None = None,
+        reverse: bool = False,
     ) -> Scored:
         """Log-probabilities, entropy and values of given completions, each [B, C], 0 outside `completion_mask`.
 
         log-probs are those of the distribution that is sampled from: temperature applied, renormalised over `kept`
-        (bits packed, see `hfpg.ops.logprobs`). Values are V(s_t), read before token t.
+        (bits packed, see `hfpg.ops.logprobs`). Values are V(s_t), read before token t; `with_last_values` adds V after
+        the last chosen token. With a `reference` there is `kl`, the exact KL(π ‖ reference) of every position, or
+        KL(reference ‖ π) with `reverse`. A gap in `completion_mask` was not chosen, but it was read: tokens after it
+        attend to it.
         """
-        mask = torch.cat([prompt_mask, completion_mask], 1)
-        inputs = self._inputs(torch.cat([prompt_ids, completion_ids], 1), mask)
         length = completion_ids.shape[1]
-        if self.chunked_head:
-            hidden = predicts(causal_lm(self.policy).base_model(**inputs).last_hidden_state, length)
-            picked_kept = None if kept is None else kept[completion_mask]
-            flat, flat_entropy = score_in_chunks(
-                causal_lm(self.policy).get_output_embeddings(),
-                hidden[completion_mask],
-                completion_ids[completion_mask],
-                self.vocabulary,
-                temperature,
-                picked_kept,
-                with_entropy,
+        read = torch.arange(length, device=completion_mask.device) < extent(completion_mask)[:, None]
+        inputs = self._inputs(torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, read], 1))
+        other = None if reference is None else Frozen(reference, reverse)
+        whole = None
+        if self.chunked_head and (other is None or other.scorer.chunked_head):
+            whole = causal_lm(self.policy).base_model(**inputs).last_hidden_state
+            logprobs, entropies, kl = self._score_in_chunks(
+                inputs, whole, completion_ids, completion_mask, temperature, kept, with_entropy, other
             )
-            logprobs = _unflatten(flat, completion_mask)
-            entropies = _unflatten(flat_entropy, completion_mask) if flat_entropy is not None else None
         else:
-            logprobs, entropies, hidden = self._score_by_model(
-                inputs, completion_ids, completion_mask, temperature, kept, with_entropy
+            logprobs, entropies, kl, whole = self._score_by_model(
+                inputs, completion_ids, completion_mask, temperature, kept, with_entropy, other
             )
-        values = None
-        if self.value is not None and with_values:
-            if self.value.trunk is not None:
-                hidden = predicts(self.value.trunk(**inputs).last_hidden_state, length)
-            values = _unflatten(self.value(hidden[completion_mask]), completion_mask)
-        return Scored(logprobs, entropies, values)
+        if self.value is None or not with_values:
+            return Scored(logprobs, entropies, None, kl)
+        if self.value.trunk is not None:
+            whole = self.value.trunk(**inputs).last_hidden_state
+        values = _unflatten(self.value(predicts(whole, length)[completion_mask]), completion_mask)
+        last_values = None
+        if with_last_values:  # the state after the last chosen token, or after the prompt where there is none
+            rows = torch.arange(len(whole), device=whole.device)
+            last_values = self.value(whole[rows, whole.shape[1] - length - 1 + extent(completion_mask)])
+        return Scored(logprobs, entropies, values, kl, last_values)
 
     # ── how the model is called
 
@@ -155,6 +168,28 @@ class ActorCritic(nn.Module):
             return lm(**inputs, logits_to_keep=length + 1).logits[:, :-1]
         return predicts(lm(**inputs).logits, length)
 
+    def _score_in_chunks(
+        self,
+        inputs: dict[str, Any],
+        whole: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float,
+        kept: Tensor | None,
+        with_entropy: bool,
+        other: Frozen | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scores [B, C] from the hidden states of all positions [B, T, H], by the LM head in chunks."""
+        head, hidden = causal_lm(self.policy).get_output_embeddings(), predicts(whole, tokens.shape[1])[mask]
+        picked = None if kept is None else kept[mask]
+        flat, spread = score_in_chunks(head, hidden, tokens[mask], self.vocabulary, temperature, picked, with_entropy)
+        kl = None
+        if other is not None:
+            theirs = predicts(other.hidden(inputs), tokens.shape[1])[mask]
+            chunks = (head, hidden, other.head, theirs, self.vocabulary, temperature, picked, other.reverse)
+            kl = _unflatten(kl_in_chunks(*chunks), mask)
+        return _unflatten(flat, mask), None if spread is None else _unflatten(spread, mask), kl
+
     def _score_by_model(
         self,
         inputs: dict[str, Any],
@@ -163,30 +198,39 @@ class ActorCritic(nn.Module):
         temperature: float,
         kept: Tensor | None,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        other: Frozen | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Scores through the model's own forward, for models that do more after the head (Gemma-2, Cohere, Granite).
 
         Rows go through in groups small enough for their logits to fit one chunk of memory; with more than one group
-        the backward pass runs the group again instead of keeping its logits.
+        the backward pass runs the group again instead of keeping its logits. Returns log-probs, entropy, KL [B, C] and
+        what the head read at the last C + 1 positions.
         """
-        size = max(1, 4 * CHUNK_ELEMENTS // (self.vocabulary * (tokens.shape[1] + 1)))
+        length = tokens.shape[1]
+        size = max(1, 4 * CHUNK_ELEMENTS // (self.vocabulary * (length + 1)))
 
-        def score(rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+        def score(rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
             part = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
             with captured_head_input(causal_lm(self.policy)) as captured:
-                logits = self._model_logits(part, tokens.shape[1])
-            hidden = captured[0]
-            hidden = hidden[:, :-1] if hidden.shape[1] == tokens.shape[1] + 1 else predicts(hidden, tokens.shape[1])
+                logits = self._model_logits(part, length)
             chosen = mask[rows]
-            flat = sampling_logits(logits[chosen], temperature, None if kept is None else kept[rows][chosen])
+            keep = None if kept is None else kept[rows][chosen]
+            flat = sampling_logits(logits[chosen], temperature, keep)
             spread = _unflatten(entropy(flat), chosen) if with_entropy else None
-            return _unflatten(chosen_logprobs(flat, tokens[rows][chosen]), chosen), spread, hidden
+            kl = None
+            if other is not None:
+                theirs = sampling_logits(other.logits(part, length)[chosen], temperature, keep)
+                kl = _unflatten(full_kl(theirs, flat) if other.reverse else full_kl(flat, theirs), chosen)
+            read = captured[0][:, -length - 1 :] if captured else logits
+            return _unflatten(chosen_logprobs(flat, tokens[rows][chosen]), chosen), spread, kl, read
 
         groups = [slice(i, i + size) for i in range(0, len(tokens), size)]
         recompute = torch.is_grad_enabled() and len(groups) > 1
         parts = [checkpoint(score, g, use_reentrant=False) if recompute else score(g) for g in groups]
-        spread = torch.cat([p[1] for p in parts if p[1] is not None]) if with_entropy else None
-        return torch.cat([p[0] for p in parts]), spread, torch.cat([p[2] for p in parts])
+        logprobs, spread, kl, read = (
+            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+        )
+        return logprobs, spread, kl, read  # type: ignore[return-value]
 
     # ── probes: a look at the model before anything is built on it
 
@@ -324,11 +368,45 @@ class Reference:
         with actor.policy.disable_adapter():
             return bool(torch.equal(on, lm(**inputs).logits))
 
+    def off(self) -> AbstractContextManager:
+        """Inside, `scorer` is the reference: the adapter is off where there is one."""
+        return self.scorer.policy.disable_adapter() if self.adapter_off else nullcontext()
+
     @torch.no_grad()
     def logprobs(self, **rows: Any) -> Tensor:
         """log π_ref of given completions [B, C]; arguments as for `ActorCritic.forward`."""
-        with self.scorer.policy.disable_adapter() if self.adapter_off else nullcontext():
+        with self.off():
             return self.scorer(**rows, with_values=False).logprobs
+
+
+class Frozen:
+    """The other policy of an exact KL: its hidden states, head and logits, without gradient.
+
+    The head is called inside the recomputed part of the policy's forward, so the adapter is off for its call alone.
+    """
+
+    def __init__(self, other: Reference | ActorCritic, reverse: bool):
+        self.reverse = reverse
+        self.scorer = other.scorer if isinstance(other, Reference) else other
+        self.off = other.off if isinstance(other, Reference) else nullcontext
+
+    @torch.no_grad()
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Hidden states of all positions [B, T, H]."""
+        with self.off():
+            return causal_lm(self.scorer.policy).base_model(**inputs).last_hidden_state
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of N hidden states."""
+        with self.off():
+            return causal_lm(self.scorer.policy).get_output_embeddings()(hidden)
+
+    @torch.no_grad()
+    def logits(self, inputs: dict[str, Any], length: int) -> Tensor:
+        """Logits [B, C, V] by the model's own forward."""
+        with self.off():
+            return self.scorer._model_logits(inputs, length)
 
 
 # ── saving ─────────────────────────────────────────────────────────────────────────────────────────────────────────

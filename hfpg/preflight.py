@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hfpg import hub
 from hfpg.checkpoint import checkpoints
 from hfpg.config import ConfigError, TrainConfig, require
-from hfpg.data import PromptData, read_chat_template
+from hfpg.data import PromptData, plain_text, read_chat_template
 from hfpg.distributed import raise_together
-from hfpg.rewards import Judge
+from hfpg.rewards import Judge, RewardError
+from hfpg.types import Samples
 
 
 OURS = ("run.json", "metrics.jsonl", "completions.jsonl", "final", "interrupted")  # beside the checkpoints
@@ -35,12 +36,12 @@ def check_namespace(algorithm: Any) -> None:
 
 def check_batch(args: TrainConfig, algorithm: Any, processes: int) -> None:
     """The arithmetic of a step."""
-    rows = args.prompts_per_step * algorithm.num_generations
+    rows, minibatches = args.prompts_per_step * algorithm.num_generations, getattr(algorithm, "minibatches", 1)
     works = [n for n in range(1, rows + 1) if rows % n == 0]
-    near = sorted(sorted(works, key=lambda n: abs(n - algorithm.minibatches))[:2])
+    near = sorted(sorted(works, key=lambda n: abs(n - minibatches))[:2])
     require(
-        rows % algorithm.minibatches == 0,
-        f"minibatches={algorithm.minibatches} does not divide the {rows} rollouts of a step ({args.prompts_per_step} "
+        rows % minibatches == 0,
+        f"minibatches={minibatches} does not divide the {rows} rollouts of a step ({args.prompts_per_step} "
         f"prompts × {algorithm.num_generations} samples); try {' or '.join(map(str, near))}",
     )
     require(
@@ -194,3 +195,37 @@ def dry_call(judge: Judge, data: PromptData, tokenizer: Any) -> None:
     ids = tokenizer(["good", "a fine answer"], add_special_tokens=False).input_ids
     columns = {name: [values[i] for i in rows] for name, values in data.columns.items()}
     judge.dry_call([data.prompts[i] for i in rows], [list(i) for i in ids], columns)
+
+
+def check_generator(generator: Any, algorithm: Any) -> None:
+    """A generator of one's own must give what the algorithm's baseline needs."""
+    require(
+        getattr(algorithm, "extra_baseline", None) != "greedy" or hasattr(generator, "greedy"),
+        f"baseline='greedy' needs greedy completions, and {type(generator).__name__} has no method "
+        "greedy(policy, prompts); add one, or use baseline='ema'",
+    )
+
+
+def check_behaviour(samples: Samples, algorithm: Any) -> None:
+    """Off-policy weights need to know the policy that drew the tokens."""
+    how = getattr(algorithm, "off_policy", "none")
+    require(
+        how == "none" or samples.sampler_logprobs is not None,
+        f"off_policy={how!r} corrects for the policy that drew the tokens, and the generator gave no "
+        "sampler_logprobs; return them with the samples, or use off_policy='none'",
+    )
+
+
+def check_input_baseline(judge: Judge, data: PromptData) -> None:
+    """baseline='input': the judge must be able to score a prompt alone, `prompts=[""], completions=[prompt text]`."""
+    rows = [0, len(data) - 1]
+    texts = [plain_text(data.prompts[i]) for i in rows]
+    columns = {name: [values[i] for i in rows] for name, values in data.columns.items()}
+    advice = (
+        "baseline='input' takes the score of the prompt itself; use baseline='ema', or a judge that scores any text"
+    )
+    try:
+        scores = judge(["", ""], list(texts), [data.encoded[i] for i in rows], columns)
+    except RewardError as error:
+        raise ConfigError(f"{error}; {advice}") from error
+    require(bool(scores.weights.any()), f"no reward function scores a prompt (all abstained); {advice}")

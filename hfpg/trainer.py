@@ -18,23 +18,24 @@ from transformers import TrainerCallback
 from hfpg import hub, preflight
 from hfpg.checkpoint import RunState, find_checkpoint, load_checkpoint, rotate, save_checkpoint, set_aside
 from hfpg.config import TrainConfig, require
-from hfpg.data import PromptData, decode_completions, order, share
+from hfpg.data import PromptData, decode_completions, order, plain_text, share
 from hfpg.distributed import gather_list, gather_rows, launch, raise_together
 from hfpg.events import Events
 from hfpg.generation.hf import HFGenerator
 from hfpg.interrupt import saving_first
-from hfpg.learner import Learner
+from hfpg.learner import Learner, balance
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
-from hfpg.ops.returns import token_rewards
+from hfpg.ops.baselines import equal_in_group
 from hfpg.pretrained import is_peft, load_config, load_policy
+from hfpg.replay import Replay
 from hfpg.report.card import CardFacts, model_card
 from hfpg.report.completions import describe_evaluation, records, shown
 from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
 from hfpg.rewards import Judge
-from hfpg.rewards.judge import Log, merge_said
-from hfpg.types import Prompts, Rollout, Samples, Scores
+from hfpg.rewards.judge import Log, merge_rounds, merge_said
+from hfpg.types import Prompts, Rollout, Samples, Scores, Text, join
 
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ class PolicyGradientTrainer:
         preflight.check_eval(self.eval_data, args, self.accelerator.num_processes)
         self.judge = Judge(reward_funcs, args.reward_weights, reward_processing_classes, self.accelerator.device)
         preflight.dry_call(self.judge, self.train_data, self.processing_class)
+        if getattr(algorithm, "extra_baseline", None) == "input":
+            preflight.check_input_baseline(self.judge, self.train_data)
         self.model_name = preflight.name_of(model)
         self.output_dir = preflight.prepare_output_dir(args, algorithm, self.model_name, self.accelerator)
         self.occupied = bool(preflight.left_by_a_run(self.output_dir))
@@ -119,6 +122,7 @@ class PolicyGradientTrainer:
             generation_kwargs=args.generation_kwargs,
             max_tokens=4 * args.max_tokens_per_micro_batch,
         )
+        preflight.check_generator(self.generator, algorithm)
         self.events = Events(
             args,
             callbacks,
@@ -130,11 +134,13 @@ class PolicyGradientTrainer:
         self.accelerator.project_configuration.set_directories(str(self.output_dir))
         self.recorder = Recorder(self.output_dir, self.accelerator, args.run_name or self.output_dir.name)
         self.terminal = Terminal(args.max_steps, plain=args.disable_tqdm, quiet=not self.accelerator.is_main_process)
+        self.replay = Replay(getattr(algorithm, "replay", 0), self.terminal.say)
         self.evaluations: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self._timer: dict[str, float] = {}
         self.seconds = 0.0  # spent in the loop
         self._said: dict[str, dict[str, Any]] = {}  # what every rank's judge said beside the scores
+        self._taken = args.prompts_per_step  # prompts of the stream that the step in hand has used
         self._without_step = 0
         self._saved_step = -1
         self._updating = False
@@ -176,39 +182,121 @@ class PolicyGradientTrainer:
     def step(self, rollout: Rollout) -> dict[str, float]:
         """Credit and update: token rewards, advantages, optimizer steps. Changes the policy; one turn is done."""
         kl_coef = self.kl_coef
+        together, seen = self._with_stored(rollout)
         with self._timed("update"):
-            log_ratio = None if rollout.ref_logprobs is None else rollout.old_logprobs - rollout.ref_logprobs
-            rewards = token_rewards(rollout.scores, rollout.completion_mask, log_ratio, kl_coef)
-            estimates, state = self.algorithm.estimate(rollout, rewards, self.algorithm_state)
+            longest = self.args.max_completion_length
+            used, rewards, state = self.algorithm.rewards(together, self.algorithm_state, longest)
+            estimates, state = self.algorithm.estimate(used, rewards, state)
             self._updating = True
-            metrics, self.algorithm_state = self.algorithm.update(self.learner, rollout, estimates, state)
-            metrics |= {"learning_rate": self.learner.learning_rate, "kl_coef": kl_coef}
+            metrics, self.algorithm_state = self.algorithm.update(self.learner, used, estimates, state)
+            metrics |= {"learning_rate": self.learner.learning_rate, "kl_coef": kl_coef} | seen
             self.learner.end_turn()
             self.state.global_step += 1
-            self.run.position += self.args.prompts_per_step
+            self.run.position += self._taken
+            self._taken = self.args.prompts_per_step
             self._updating = False
         if estimates.returns is not None:
-            metrics["explained_variance"] = explained_variance(rollout, estimates)
+            metrics["explained_variance"] = explained_variance(used, estimates)
         self._stop_if_stuck(metrics["optimizer_steps"])
         return metrics
+
+    def _with_stored(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
+        """The rollout, with what μ said of it where the algorithm corrects for μ, and with stored rollouts."""
+        if getattr(self.algorithm, "off_policy", "none") == "none":
+            return rollout, {}
+        rollout = dataclasses.replace(rollout, behaviour_logprobs=rollout.sampler_logprobs)
+        together, metrics = self.replay.add_to(rollout, self._score_again)
+        self.replay.store(rollout)
+        return together, metrics
+
+    def _score_again(self, stored: Rollout) -> Rollout:
+        """A stored rollout by the policy as it is now, on every rank."""
+        with self._timed("rescore"):
+            rows = balance(stored.lengths, self.accelerator.num_processes)[self.accelerator.process_index]
+            return gather_rows(self.accelerator, self._scored(stored.take(rows)))
+
+    def _scored(self, rows: Rollout) -> Rollout:
+        old = self.learner.score(rows, getattr(self.algorithm, "truncation", "terminal") == "bootstrap")
+        return dataclasses.replace(
+            rows,
+            old_logprobs=old.logprobs,
+            entropy=old.entropy,
+            ref_logprobs=old.ref_logprobs,
+            values=old.values,
+            last_values=old.last_values,
+        )
 
     def _stop_if_stuck(self, optimizer_steps: float) -> None:
         self._without_step = 0 if optimizer_steps else self._without_step + 1
         if self._without_step >= 3:
             raise RuntimeError(
-                "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "
-                "look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
+                "three steps in a row changed nothing: their gradients were not finite, or no completion counted; "
+                "look at loss, grad_norm, unscored and score_std in metrics.jsonl, and try a smaller learning_rate"
             )
 
     def collect(self) -> tuple[Samples, Scores]:
-        """This rank's samples of the next prompts, and what the judge says of them. The same again until `step`."""
-        count, per_prompt = self.args.prompts_per_step, self.algorithm.num_generations
-        rows = order(self.run.position, count, len(self.train_data), self.args.seed)
+        """This rank's samples of the next prompts, and what the judge says of them. The same again until `step`.
+
+        An algorithm with `resample_rounds` gets more prompts in place of those whose completions all score the same.
+        """
+        count, world = self.args.prompts_per_step, self.accelerator.num_processes
+        parts, said, missing, self._taken = [], [], count, 0
+        for number in range(1 + getattr(self.algorithm, "resample_rounds", 0)):
+            if missing > 0:
+                parts.append(self._draw(self._taken, max(missing, world), number))
+                said.append(self._said)
+                self._taken += max(missing, world)
+                missing = count - self._informative([scores for _, scores in parts], [samples for samples, _ in parts])
+        self._said = merge_rounds(said)
+        return join([samples for samples, _ in parts]), join([scores for _, scores in parts])
+
+    def _draw(self, offset: int, count: int, number: int) -> tuple[Samples, Scores]:
+        """Samples and scores of `count` prompts of the stream, `offset` after its position; round `number`."""
+        per_prompt = self.algorithm.num_generations
+        rows = order(self.run.position + offset, count, len(self.train_data), self.args.seed)
         mine = share(count, self.accelerator.process_index, self.accelerator.num_processes)
-        first = self.state.global_step * count  # sample ids are unique in a run, whatever epochs were cut short
+        # sample ids are unique in a run, whatever epochs were cut short
+        rounds = 1 + getattr(self.algorithm, "resample_rounds", 0)
+        first = (self.state.global_step * rounds + number) * self.args.prompts_per_step
         ids = torch.arange((first + mine.start) * per_prompt, (first + mine.stop) * per_prompt)
         prompts, samples = self.sample(self.train_data, [rows[i] for i in mine], ids, per_prompt)
-        return samples, self.judge_samples(prompts, samples)
+        preflight.check_behaviour(samples, self.algorithm)
+        scores = self.judge_samples(prompts, samples)
+        return samples, self._with_baseline(prompts, scores)
+
+    def _informative(self, scores: Sequence[Scores], samples: Sequence[Samples]) -> int:
+        """Prompts, over all ranks, whose completions do not all score the same."""
+        rows, groups = join(scores), join(samples).group_ids
+        uneven = groups[~equal_in_group(rows.scores, rows.weights, groups)]
+        return sum(gather_list(self.accelerator, [len(uneven.unique())]))
+
+    def _with_baseline(self, prompts: Prompts, scores: Scores) -> Scores:
+        """With the scores that the algorithm's baseline asks for: of greedy completions, or of the prompts."""
+        kind, per_prompt = getattr(self.algorithm, "extra_baseline", None), self.algorithm.num_generations
+        if kind is None:
+            return scores
+        one = prompts.take(torch.arange(0, len(prompts), per_prompt))
+        finished = lengths = None
+        if kind == "greedy":
+            with self._timed("sample"), self.accelerator.autocast():
+                samples = self.generator.greedy(self.learner.actor.policy, one)
+            finished, lengths = samples.finished, samples.completion_mask.sum(1)
+            judged = self._judge(one.texts, *self._decoded(one, samples), one.columns, Log())
+        else:
+            texts: list[Text] = [plain_text(text) for text in one.texts]
+            tokens = [row[keep].tolist() for row, keep in zip(one.ids, one.mask, strict=True)]
+            judged = self._judge([""] * len(one), texts, tokens, one.columns, Log())
+        found = torch.where(judged.weights > 0, judged.scores, torch.nan)
+
+        def spread(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.repeat_interleave(per_prompt)
+
+        return dataclasses.replace(
+            scores,
+            baseline_scores=spread(found),
+            baseline_finished=spread(finished),
+            baseline_lengths=spread(lengths),
+        )
 
     def sample(
         self, data: PromptData, rows: Sequence[int], sample_ids: torch.Tensor, per_prompt: int = 1
@@ -220,35 +308,43 @@ class PolicyGradientTrainer:
 
     def judge_samples(self, prompts: Prompts, samples: Samples) -> Scores:
         """Scores of this rank's samples. An error on one rank is raised on all of them."""
+        log = Log()
+        scores = self._judge(prompts.texts, *self._decoded(prompts, samples), prompts.columns, log)
+        said = [(len(samples), scores.by_function, scores.extra, log.metrics)]
+        self._said = merge_said(gather_list(self.accelerator, said))
+        return scores
+
+    def _decoded(self, prompts: Prompts, samples: Samples) -> tuple[list[Text], list[list[int]]]:
+        ids, mask = samples.completion_ids.cpu(), samples.completion_mask.cpu()
+        completions = decode_completions(self.processing_class, ids, mask, prompts.texts)
+        return completions, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+    def _judge(
+        self, prompts: list[Text], completions: list[Text], tokens: list[list[int]], columns: dict[str, list], log: Log
+    ) -> Scores:
+        """What the reward functions say; an error on one rank is raised on all of them."""
         with self._timed("judge"):
-            ids, mask = samples.completion_ids.cpu(), samples.completion_mask.cpu()
-            completions = decode_completions(self.processing_class, ids, mask, prompts.texts)
-            tokens = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-            log, scores, error = Log(), None, None
+            scores, error = None, None
             try:
-                scores = self.judge(prompts.texts, completions, tokens, prompts.columns, self.state, log)
+                scores = self.judge(prompts, completions, tokens, columns, self.state, log)
             except Exception as failure:  # told to every rank before it is raised
                 error = failure
             raise_together(self.accelerator, error)
             assert scores is not None  # or the error above was raised
-            said = [(len(samples), scores.by_function, scores.extra, log.metrics)]
-            self._said = merge_said(gather_list(self.accelerator, said))
             return scores.to(self.accelerator.device)
 
     def rescore(self, samples: Samples, scores: Scores) -> Rollout:
         """The Rollout: old and reference log-probs, entropy and values by the forward that trains, on every rank."""
         with self._timed("rescore"):
-            old, spread, ref, values = self.learner.score(samples)
+            nothing = torch.zeros(samples.completion_ids.shape, device=samples.completion_ids.device)
+            judged = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
             mine = Rollout(
                 **{f.name: getattr(samples, f.name) for f in dataclasses.fields(samples)},
-                scores=scores.scores,
-                weights=scores.weights,
-                old_logprobs=old,
-                entropy=spread,
-                ref_logprobs=ref,
-                values=values,
+                **{name: value for name, value in judged.items() if name not in ("by_function", "extra")},
+                old_logprobs=nothing,
+                entropy=nothing,
             )
-            return gather_rows(self.accelerator, mine)
+            return gather_rows(self.accelerator, self._scored(mine))
 
     @torch.no_grad()
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
@@ -340,7 +436,7 @@ class PolicyGradientTrainer:
     def _write_checkpoint(self) -> Path:
         self.run.algorithm = dataclasses.asdict(self.algorithm_state)
         path = save_checkpoint(
-            self.output_dir, self.learner, self.processing_class, self.state, self.run, self._settings()
+            self.output_dir, self.learner, self.processing_class, self.state, self.run, self._settings(), self.replay
         )
         rotate(self.output_dir, self.args.save_total_limit)
         return path
@@ -440,6 +536,7 @@ class PolicyGradientTrainer:
         if path is not None:
             self.events.state, self.run = load_checkpoint(path, self.learner, self._settings())
             self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
+            self.replay.load(path, self.accelerator.device)
             self._saved_step = self.state.global_step
             self.events.handler.lr_scheduler = self.learner.scheduler  # made anew for the step that is resumed
         elif resume:
@@ -465,6 +562,9 @@ class PolicyGradientTrainer:
                 **self.facts,
             }
         )
+        if hasattr(self.algorithm, "warnings") and path is None:
+            for text in self.algorithm.warnings(fresh_value_head=self.value_head_from is None):
+                self.terminal.say(f"note: {text}")
         self.events.begin_training(self.args.max_steps)
         if self.args.eval_on_start and self.eval_data is not None and self.state.global_step == 0:
             self.evaluate()

@@ -28,6 +28,11 @@ R = TypeVar("R", bound="Rows")
 class Rows:
     """Base of the dataclasses whose every field has one entry per row: tensors [B, …] and lists of length B."""
 
+    def __len__(self) -> int:
+        """B: every class has a tensor field."""
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return next(len(v) for v in values if isinstance(v, Tensor))
+
     def take(self: R, rows: Int[Tensor, " N"]) -> R:
         """The given rows, in the given order."""
         picked: dict[str, Any] = {}
@@ -61,6 +66,10 @@ def join(parts: Sequence[R]) -> R:
         values = [getattr(part, name) for part in parts]
         if any(v is None for v in values):
             return None
+        if isinstance(values[0], dict):
+            keys = dict.fromkeys(key for value in values for key in value)
+            silent = [[None] * len(part) for part in parts]
+            return {k: [x for v, none in zip(values, silent, strict=True) for x in v.get(k, none)] for k in keys}
         if not isinstance(values[0], Tensor):
             return [item for value in values for item in value]
         if values[0].dim() > 1:
@@ -88,9 +97,6 @@ class Prompts(Rows):
     texts: list[Text]
     columns: dict[str, list]  # the data set's other columns, for the judge
 
-    def __len__(self) -> int:
-        return self.ids.shape[0]
-
 
 @dataclass(frozen=True)
 class Samples(Rows):
@@ -106,9 +112,6 @@ class Samples(Rows):
     sampler_logprobs: Float[Tensor, "B C"] | None = None  # what the engine says of μ
     kept: UInt8[Tensor, "B C bytes"] | None = None  # top-k / top-p: the support fixed at sampling, V bits packed
 
-    def __len__(self) -> int:
-        return self.completion_ids.shape[0]
-
 
 @dataclass(frozen=True)
 class Scores(Rows):
@@ -118,6 +121,9 @@ class Scores(Rows):
     weights: Float[Tensor, " B"]  # 1, or 0 for a sample that every reward function abstained from
     by_function: dict[str, list[float | None]]
     extra: dict[str, list]  # what reward functions logged per completion (`log_extra`)
+    baseline_scores: Float[Tensor, " B"] | None = None  # of the greedy completion, or of the prompt itself; NaN: none
+    baseline_finished: Bool[Tensor, " B"] | None = None
+    baseline_lengths: Int[Tensor, " B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,19 @@ class Rollout(Rows):
     entropy: Float[Tensor, "B C"]
     ref_logprobs: Float[Tensor, "B C"] | None = None
     values: Float[Tensor, "B C"] | None = None  # V(s_t): the value *before* token t
+    last_values: Float[Tensor, " B"] | None = None  # V after the last chosen token, what a cut completion had ahead
     sampler_logprobs: Float[Tensor, "B C"] | None = None
     kept: UInt8[Tensor, "B C bytes"] | None = None
+    behaviour_logprobs: Float[Tensor, "B C"] | None = None  # log μ, where it is corrected for
+    stored: Bool[Tensor, " B"] | None = None  # rows of an earlier step that are used again; absent: none is
+    baseline_scores: Float[Tensor, " B"] | None = None  # of the greedy completion, or of the prompt itself; NaN: none
+    baseline_finished: Bool[Tensor, " B"] | None = None
+    baseline_lengths: Int[Tensor, " B"] | None = None
 
-    def __len__(self) -> int:
-        return self.completion_ids.shape[0]
+    @property
+    def new_weights(self) -> Float[Tensor, " B"]:
+        """Row weights that count only what the policy has drawn for this step: for running statistics."""
+        return self.weights if self.stored is None else torch.where(self.stored, 0, self.weights)
 
     @property
     def lengths(self) -> Int[Tensor, " B"]:
@@ -158,11 +172,13 @@ class Estimates(Rows):
 
 
 class Scored(NamedTuple):
-    """What one forward pass of ActorCritic says of given completions, each [B, C] and 0 outside the mask."""
+    """What one forward pass of ActorCritic says of given completions, [B, C] and 0 outside the mask where not said."""
 
     logprobs: Tensor
     entropy: Tensor | None
     values: Tensor | None
+    kl: Tensor | None = None  # exact over the vocabulary, to (or from) the distribution of another policy
+    last_values: Tensor | None = None  # [B]: V after the last chosen token
 
 
 class TokenLoss(NamedTuple):

@@ -9,14 +9,14 @@ training sentences, only watches. Measured before and after: see docs/quickstart
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from hfpg import PolicyGradientTrainer, TrainConfig, embedded
 from hfpg.algorithms import PPO
-from hfpg.config import ConfigError, field, one_sentence, parse, require
+from hfpg.config import field, one_sentence, parse
+from hfpg.data import load_prompts
 
 
 @dataclass
@@ -42,16 +42,7 @@ def prompts(script: Script) -> tuple[Any, Any]:
     if script.dataset is None:
         held_out = embedded.prompts("eval")[: script.eval_prompts]
         return Dataset.from_dict({"prompt": embedded.prompts("train")}), Dataset.from_dict({"prompt": held_out})
-    kind = Path(script.dataset).suffix.lstrip(".").replace("jsonl", "json")
-    try:
-        files = {"path": kind, "data_files": script.dataset} if kind in ("json", "csv") else {"path": script.dataset}
-        rows = load_dataset(**files, split="train")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the data set {script.dataset!r}: {str(error).splitlines()[0]}") from error
-    count = min(script.eval_prompts, len(rows) // 5)
-    require(count >= 1, f"{script.dataset} has {len(rows)} rows; it needs at least 5, a fifth is held out")
-    split = rows.train_test_split(count, seed=0)
-    return split["train"], split["test"]
+    return load_prompts(script.dataset, script.eval_prompts)
 
 
 def main() -> None:

@@ -35,17 +35,17 @@ def learner(actor: ActorCritic, *, reference: bool = False, **settings: Any) -> 
 
 def rollout_of(samples: Samples, by: Learner, seed: int = 0) -> tuple[Rollout, Estimates]:
     """A scored rollout with random scores and advantages."""
-    old, spread, ref, values = by.score(samples)
+    old = by.score(samples)
     noise = torch.Generator().manual_seed(seed)
     shape = samples.completion_ids.shape
     rollout = Rollout(
         **{name: getattr(samples, name) for name in Samples.__dataclass_fields__},
         scores=torch.randn(len(samples), generator=noise),
         weights=torch.ones(len(samples)),
-        old_logprobs=old,
-        entropy=spread,
-        ref_logprobs=ref,
-        values=values,
+        old_logprobs=old.logprobs,
+        entropy=old.entropy,
+        ref_logprobs=old.ref_logprobs,
+        values=old.values,
     )
     credit = torch.randn(shape, generator=noise) * samples.completion_mask
     return rollout, Estimates(credit, torch.randn(shape, generator=noise) * samples.completion_mask)

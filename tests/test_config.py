@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hfpg
-from hfpg.algorithms import A2C, PPO, RLOO, Reinforce
+from hfpg.algorithms import PPO, PRESETS
 from hfpg.config import ConfigError, TrainConfig, field, parse
 
 
@@ -237,14 +237,15 @@ def test_the_edges_that_are_allowed():
 
 
 def reads(cls: type) -> Iterator[str]:
-    """Names read as `args.NAME`, `config.NAME`, `algorithm.NAME` anywhere, or as `self.NAME` in the class itself,
-    outside of its check of the values."""
-    owners = {"args", "config"} if cls is TrainConfig else {"algorithm"}
+    """Names read as `args.NAME`, `config.NAME`, `algorithm.NAME` anywhere, or as `self.NAME` in the class itself or
+    in one that it inherits from, outside of the checks of the values."""
+    owners, family = {"args", "config"} if cls is TrainConfig else {"algorithm"}, {c.__name__ for c in cls.__mro__}
     for path in Path(hfpg.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
-                methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name != "__post_init__"]
+            if isinstance(node, ast.ClassDef) and node.name in family:
+                methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+                methods = [n for n in methods if n.name != "__post_init__" and not n.name.startswith("_check")]
                 for inner in (n for method in methods for n in ast.walk(method)):
                     if isinstance(inner, ast.Attribute) and getattr(inner.value, "id", "") == "self":
                         yield inner.attr
@@ -252,19 +253,23 @@ def reads(cls: type) -> Iterator[str]:
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 if owner in owners:
                     yield node.attr
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+                owner = getattr(node.args[0], "id", getattr(node.args[0], "attr", ""))
+                if owner in owners and isinstance(node.args[1], ast.Constant):
+                    yield node.args[1].value
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, PPO, A2C, Reinforce])
+@pytest.mark.parametrize("cls", [TrainConfig, *PRESETS.values()])
 def test_every_field_is_read_somewhere(cls: type):
     ignored = {f.name for f in dataclasses.fields(cls)} - set(reads(cls))
     assert not ignored, f"{cls.__name__} accepts and ignores {sorted(ignored)}"
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, PPO, A2C, Reinforce, RLOO])
+@pytest.mark.parametrize("cls", [TrainConfig, *PRESETS.values()])
 def test_every_field_has_a_help_text(cls: type):
     assert not [f.name for f in dataclasses.fields(cls) if not f.metadata.get("help")]
 
 
-@pytest.mark.parametrize("cls", [PPO, A2C, Reinforce, RLOO])
+@pytest.mark.parametrize("cls", PRESETS.values())
 def test_no_name_is_both_a_method_knob_and_a_run_knob(cls: type):
     assert not {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(TrainConfig)}

@@ -1,5 +1,6 @@
 """The first recipe as a person runs it: `accelerate launch recipes/ppo_gpt2.py`."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -95,7 +96,7 @@ def test_make_without_a_python_says_what_is_needed(tmp_path):
 def test_every_field_is_a_flag():
     done = recipe("--help", launcher=())
     assert done.returncode == 0
-    fields = [*PPO.__dataclass_fields__, *TrainConfig.__dataclass_fields__, "model", "reward", "dataset"]
+    fields = [f.name for cls in (PPO, TrainConfig) for f in dataclasses.fields(cls)] + ["model", "reward", "dataset"]
     missing = [name for name in fields if f"--{name}" not in done.stdout]
     assert not missing
 

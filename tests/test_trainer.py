@@ -21,7 +21,19 @@ from transformers import (
 )
 
 from hfpg import ConfigError
-from hfpg.algorithms import A2C, PPO, RLOO, Reinforce
+from hfpg.algorithms import (
+    A2C,
+    CISPO,
+    DAPO,
+    GRPO,
+    GSPO,
+    PPO,
+    RLOO,
+    DrGRPO,
+    Reinforce,
+    ReinforcePlusPlus,
+    ReMax,
+)
 from hfpg.checkpoint import CheckpointError
 from hfpg.models import load_actor_critic
 from hfpg.ops.masked import row_mean
@@ -45,6 +57,18 @@ ALGORITHMS = {
     "a2c": A2C(kl_coef=0.02, entropy_coef=0.001, kl_target=2.0),
     "rloo": RLOO(kl_coef=0.02),
     "value": Reinforce(baseline="value", kl_coef=0.02, kl_target=2.0),
+    "remax": ReMax(kl_coef=0.02),
+    "input": Reinforce(baseline="input", kl_coef=0.02, entropy_coef=0.001),
+    "grpo": GRPO(num_generations=4, kl_coef=0.01),
+    "dr_grpo": DrGRPO(num_generations=4, epochs=2),
+    "dapo": DAPO(num_generations=4, resample_rounds=1),
+    "gspo": GSPO(num_generations=4, minibatches=2, clip_range=3e-2, clip_range_high=4e-2),
+    "cispo": CISPO(num_generations=4, epochs=2),
+    "reinforce++": ReinforcePlusPlus(kl_coef=0.02, epochs=2),
+    "replay": RLOO(kl_coef=0.02, replay=1, off_policy="truncated", self_normalize=True),
+    "warmup": PPO(epochs=2, kl_coef=0.02, lam=0.95, value_warmup=3, truncation="bootstrap"),
+    "shaped": PPO(epochs=2, kl_coef=0.02, reward_normalization="running", reward_clip=3.0, soft_overlong=0.2),
+    "full-kl": GRPO(num_generations=4, kl_coef=0.01, kl_estimator="full"),
 }
 
 

@@ -22,10 +22,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from hfpg.models import LSTMConfig, LSTMForCausalLM
+
 
 VOCABULARY = 64
 WORDS = ["<eos>", "<unk>"] + [chr(97 + i % 26) + chr(97 + i // 26) for i in range(VOCABULARY - 2)]
-ARCHITECTURES = ("gpt2", "llama", "qwen2", "opt", "gemma2", "mistral")
+ARCHITECTURES = ("gpt2", "llama", "qwen2", "opt", "gemma2", "mistral", "lstm")
 
 
 def tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
@@ -71,6 +73,10 @@ def model(kind: str = "gpt2", seed: int = 0, vocabulary: int = VOCABULARY, **cha
     elif kind == "mistral":
         settings = dict(vocab_size=vocabulary, sliding_window=4, **rope, **ids)
         made = MistralForCausalLM(MistralConfig(**(settings | changes)))
+    elif kind == "lstm":
+        settings = dict(vocab_size=vocabulary, hidden_size=32, embedding_size=16, num_hidden_layers=2, **ids)
+        settings |= dict(initializer_range=0.2)  # its states are small: 0.02 is uniform even when it is enlarged
+        made = LSTMForCausalLM(LSTMConfig(**(settings | changes)))
     else:
         raise ValueError(f"no architecture {kind!r}; there are {ARCHITECTURES}")
     with torch.no_grad():

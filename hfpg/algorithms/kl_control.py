@@ -1,17 +1,24 @@
-"""The KL coefficient between steps: fixed, or moved toward a target."""
+"""The KL to the reference: which estimator may stand where, its token loss, and the coefficient between steps."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hfpg.config import require
-from hfpg.ops.kl import adapt_kl_coef
+from hfpg.ops.kl import adapt_kl_coef, k2, k2_sequence, k3
 from hfpg.ops.masked import row_mean
-from hfpg.types import Rollout
+from hfpg.types import Rollout, Scored
 
 
-def check_kl(kl_coef: float, kl_target: float | None) -> None:
-    """Raise ConfigError for a coefficient or target that cannot be."""
+KLEstimator = Literal["k1", "k2_sequence", "k2", "k3", "full"]
+
+
+def check_kl(kl_coef: float, kl_target: float | None, kl_in: str = "reward", estimator: str = "k1") -> None:
+    """Raise ConfigError for a coefficient or target that cannot be, or an estimator where it does not work."""
     require(kl_coef >= 0, f"kl_coef={kl_coef} must not be negative; 0 switches the reference off")
     require(
         kl_target is None or kl_target > 0, f"kl_target={kl_target} must be above 0 nats per completion, such as 6"
@@ -20,14 +27,36 @@ def check_kl(kl_coef: float, kl_target: float | None) -> None:
         kl_target is None or kl_coef > 0,
         f"kl_target={kl_target} moves kl_coef by a factor, and kl_coef=0 stays 0; start it at 0.05, say",
     )
+    require(
+        kl_in == "reward" or estimator != "k1",
+        "kl_in='loss' with kl_estimator='k1' regularises nothing: its expected gradient is zero; use "
+        "kl_estimator='k2_sequence', or kl_in='reward'",
+    )
+    require(
+        kl_in == "loss" or estimator == "k1",
+        f"kl_in='reward' with kl_estimator={estimator!r} hardly regularises: its gradient is not that of the KL (98 "
+        "to 104 % off in our enumeration); use kl_estimator='k1', or kl_in='loss'",
+    )
+
+
+def token_kl(estimator: KLEstimator, new: Scored, rows: Rollout) -> Float[Tensor, "B C"]:
+    """The loss-side KL of the new policy to the reference, per token. Only `k2_sequence` has the KL's gradient."""
+    assert rows.ref_logprobs is not None
+    log_ratio = new.logprobs - rows.ref_logprobs
+    if estimator == "full":
+        assert new.kl is not None  # the learner was asked for it
+        return new.kl
+    if estimator == "k2_sequence":
+        return k2_sequence(log_ratio, rows.completion_mask)
+    return {"k2": k2, "k3": k3}[estimator](log_ratio)
 
 
 def kl_per_completion(rollout: Rollout) -> float:
-    """KL(π_old ‖ π_ref), nats per completion: the rows' mean of Σ_t (log π_old − log π_ref); 0 without reference."""
+    """KL(π_old ‖ π_ref), nats per completion: the mean of Σ_t (log π_old − log π_ref) over what this step drew."""
     if rollout.ref_logprobs is None:
         return 0.0
     log_ratio = torch.where(rollout.completion_mask, rollout.old_logprobs - rollout.ref_logprobs, 0)
-    return float(row_mean(log_ratio.sum(1), rollout.weights))
+    return float(row_mean(log_ratio.sum(1), rollout.new_weights))
 
 
 def next_kl_coef(kl_coef: float, kl_target: float | None, rollout: Rollout) -> float:

@@ -76,17 +76,22 @@ class HFGenerator:
         self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
 
     @torch.no_grad()
-    def __call__(self, policy: Any, prompts: Prompts) -> Samples:
+    def __call__(self, policy: Any, prompts: Prompts, greedy: bool = False) -> Samples:
         """One completion per row of `prompts`, by at most a few calls of `generate`."""
         lm = causal_lm(policy)
         size = max(1, self.max_tokens // (prompts.ids.shape[1] + self.max_completion_length))
         groups = [torch.arange(len(prompts))[i : i + size] for i in range(0, len(prompts), size)]
-        parts = [self._generate(lm, prompts.take(rows)) for rows in groups]
+        parts = [self._generate(lm, prompts.take(rows), greedy) for rows in groups]
         return join(parts)
 
-    def _generate(self, lm: PreTrainedModel, prompts: Prompts) -> Samples:
+    @torch.no_grad()
+    def greedy(self, policy: Any, prompts: Prompts) -> Samples:
+        """The likeliest token each time, with the same stops and limits."""
+        return self(policy, prompts, greedy=True)
+
+    def _generate(self, lm: PreTrainedModel, prompts: Prompts, greedy: bool) -> Samples:
         width = prompts.ids.shape[1]
-        sampler = KeyedSampler(self.seed, prompts.sample_ids, width, self.temperature, self.warpers)
+        sampler = KeyedSampler(self.seed, prompts.sample_ids, width, self.temperature, self.warpers, greedy)
         stop = Finished(width, self.stops(lm), self._string_criteria())
         pad = next(iter(self.stops(lm)), 0)  # any valid id: padding is known by position, never by id
         config = GenerationConfig(
@@ -134,7 +139,16 @@ class HFGenerator:
 class KeyedSampler(LogitsProcessor):
     """Chooses the token inside `generate`: all other logits become −inf. Keeps what it knows of each choice."""
 
-    def __init__(self, seed: int, sample_ids: Tensor, width: int, temperature: float, warpers: Sequence[Any]):
+    def __init__(
+        self,
+        seed: int,
+        sample_ids: Tensor,
+        width: int,
+        temperature: float,
+        warpers: Sequence[Any],
+        greedy: bool = False,
+    ):
+        self.greedy = greedy
         # negative ids belong to evaluations: their noise does not depend on the seed, so that runs can be compared
         training, evaluation = row_keys(seed, "sample", sample_ids), row_keys(0, "evaluate", sample_ids)
         self.keys = torch.where(sample_ids >= 0, training, evaluation)
@@ -150,7 +164,7 @@ class KeyedSampler(LogitsProcessor):
         if self.warpers:
             self.kept.append(pack_bits(logits > -torch.inf))
         position = input_ids.shape[1] - self.width
-        tokens = gumbel_max(logits, mix(self.keys + position))
+        tokens = logits.argmax(1) if self.greedy else gumbel_max(logits, mix(self.keys + position))
         self.logprobs.append(chosen_logprobs(logits, tokens))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 

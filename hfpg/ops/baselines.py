@@ -2,40 +2,95 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hfpg.ops.masked import row_mean
 
 
-def leave_one_out(returns: Float[Tensor, "B C"], weights: Float[Tensor, " B"]) -> Float[Tensor, "B C"]:
-    """b_i,t = mean over the *other* rows of the whole batch of their return at t = 0 (one number per row).
+def leave_one_out(
+    returns: Float[Tensor, " B"], weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"] | None = None
+) -> Float[Tensor, " B"]:
+    """b_i = mean return of the *other* rows: of the same prompt (RLOO, arXiv 2402.14740), or of the whole batch.
 
-    Row i is left out, so the baseline does not depend on its own actions and the gradient stays unbiased
-    (Kool et al. 2019). Rows of weight 0 do not count. With fewer than two counting rows the baseline is 0.
+    Row i is left out, so b_i does not depend on its own actions and the gradient stays unbiased (Kool et al. 2019).
+    Rows of weight 0 do not count; a row without another counting one has b = 0. Where all returns are equal, b is
+    exactly that return.
     """
-    first = torch.where(weights > 0, returns[:, 0] * weights, 0)
-    others = weights.sum() - weights
-    return torch.where(others > 0, (first.sum() - first) / others.clamp(min=1e-12), 0)[:, None].expand_as(returns)
+    group = _groups(returns, weights, group_ids)
+    own = group.x * group.w
+    others = group.total_weight - group.w
+    mean = torch.where(others > 0, (group.total - own) / others.clamp(min=1e-12), 0)
+    return torch.where(group.equal & (others > 0), group.highest, mean).to(returns.dtype)
 
 
-def group_leave_one_out(
-    returns: Float[Tensor, "B C"], weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
-) -> Float[Tensor, "B C"]:
-    """b_i,t = mean over the *other* samples of the same prompt of their return at t = 0 (RLOO, arXiv 2402.14740).
+def group_mean(
+    returns: Float[Tensor, " B"], weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"] | None = None
+) -> Float[Tensor, " B"]:
+    """Mean return of the row's group, itself included (GRPO); without `group_ids`, of the batch.
 
-    Rows of weight 0 do not count; a row without another counting sample in its group has baseline 0.
+    The expected gradient is then (K − 1)/K of the unbiased one, in the same direction.
     """
-    same = (group_ids[:, None] == group_ids[None, :]) & ~torch.eye(
-        len(group_ids), dtype=torch.bool, device=weights.device
-    )
-    share = same.to(weights.dtype) * weights
-    first = torch.where(weights > 0, returns[:, 0], 0)
-    total = share.sum(1)
-    return torch.where(total > 0, share @ first / total.clamp(min=1e-12), 0)[:, None].expand_as(returns)
+    group = _groups(returns, weights, group_ids)
+    mean = group.total / group.total_weight.clamp(min=1e-12)
+    return torch.where(group.equal & (group.total_weight > 0), group.highest, mean).to(returns.dtype)
+
+
+def group_std(
+    returns: Float[Tensor, " B"], weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"] | None = None
+) -> Float[Tensor, " B"]:
+    """Standard deviation of the row's group, divisor n − 1 (as GRPO's codes take it); exactly 0 for equal returns."""
+    group = _groups(returns, weights, group_ids)
+    mean = group.total / group.total_weight.clamp(min=1e-12)
+    squares = group.sum((group.x - mean) ** 2 * group.w)
+    variance = squares / (group.total_weight - 1).clamp(min=1e-12)
+    return torch.where(group.equal | (group.total_weight <= 1), 0, variance.sqrt()).to(returns.dtype)
+
+
+def equal_in_group(
+    returns: Float[Tensor, " B"], weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
+) -> Bool[Tensor, " B"]:
+    """True for rows whose group's counting returns are all the same: nothing can be learnt from them."""
+    return _groups(returns, weights, group_ids).equal
+
+
+class _Groups(NamedTuple):
+    """Sums over the counting rows of each row's group, in float64; `equal`: these all have the value `highest`."""
+
+    x: Tensor
+    w: Tensor
+    group: Tensor
+    total: Tensor
+    total_weight: Tensor
+    highest: Tensor
+    equal: Tensor
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Σ over the row's group."""
+        return _spread(values, self.group, "sum")
+
+
+def _groups(returns: Tensor, weights: Tensor, group_ids: Tensor | None) -> _Groups:
+    index = torch.zeros(len(returns), dtype=torch.long, device=returns.device)
+    if group_ids is not None:
+        index = torch.unique(group_ids, return_inverse=True)[1]
+    counts = weights > 0
+    x, w = torch.where(counts, returns, 0).double(), weights.double()
+    highest = _spread(torch.where(counts, x, -torch.inf), index, "amax")
+    lowest = _spread(torch.where(counts, x, torch.inf), index, "amin")
+    total, weight = _spread(x * w, index, "sum"), _spread(w, index, "sum")
+    return _Groups(x, w, index, total, weight, highest, highest <= lowest)
+
+
+def _spread(values: Tensor, index: Tensor, how: str) -> Tensor:
+    """Reduce over the rows that share an index, and give each row its group's result."""
+    fill = {"sum": 0.0, "amax": -torch.inf, "amin": torch.inf}[how]
+    out = torch.full_like(values, fill)
+    return out.scatter_reduce(0, index, values, how)[index]
 
 
 class RunningMean(NamedTuple):
@@ -62,3 +117,32 @@ def update_running_mean(
     share = 1 - decay
     batch = float(row_mean(x, weights))
     return RunningMean(decay * state.total + share * batch, decay * state.weight + share)
+
+
+class RunningMoments(NamedTuple):
+    """Rows, mean and sum of squared deviations of what was seen so far (Welford 1962)."""
+
+    rows: float = 0.0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 1 before there are two different values."""
+        return math.sqrt(self.m2 / self.rows) if self.rows > 1 and self.m2 > 0 else 1.0
+
+
+def update_running_moments(
+    state: RunningMoments, x: Float[Tensor, " B"], weights: Float[Tensor, " B"]
+) -> RunningMoments:
+    """Take a batch in (Chan et al. 1979), as a pure step; rows of weight 0 do not count."""
+    count = float((weights > 0).sum())
+    if count == 0:
+        return state
+    x, w = x.double(), (weights > 0).double()
+    mean = float(row_mean(x, w))
+    m2 = count * float(row_mean((x - mean) ** 2, w))
+    total, delta = state.rows + count, mean - state.mean
+    return RunningMoments(
+        total, state.mean + delta * count / total, state.m2 + m2 + delta**2 * state.rows * count / total
+    )

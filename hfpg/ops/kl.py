@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -23,6 +23,17 @@ def k2(log_ratio: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
 def k3(log_ratio: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
     """e^{−δ} − 1 + δ ≥ 0. Unbiased in value with low variance: the one to report."""
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def k2_sequence(log_ratio: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """½ (Σ_t δ_t)², spread over the tokens: δ_t · sg(Σ δ) − ½ sg(δ_t Σ δ).
+
+    Summed over a sequence its value is ½ S² and its gradient S ∇S, whose expectation is exactly ∇KL (arXiv
+    2510.01555): the one loss-side form that credits a token with the KL of all that follows, with `sequence_sum`.
+    """
+    delta = torch.where(mask, log_ratio, 0)
+    total = delta.sum(1, keepdim=True).detach()
+    return delta * total - delta.detach() * total / 2
 
 
 def full(logits: Float[Tensor, "... V"], other_logits: Float[Tensor, "... V"]) -> Float[Tensor, ...]:

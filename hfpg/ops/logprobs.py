@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from hfpg.ops.kl import full
 
 
 CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 16 MB in fp32, below glibc's largest reused block (32 MB)
@@ -68,11 +71,41 @@ def score_in_chunks(
         logits = sampling_logits(head(h), temperature, keep)
         return chosen_logprobs(logits, y), entropy(logits) if with_entropy else None
 
-    parts = []
-    for start in range(0, max(len(tokens), 1), size):
-        rows = slice(start, start + size)
-        chunk = (hidden[rows], tokens[rows], None if kept is None else kept[rows])
-        recompute = torch.is_grad_enabled() and len(tokens) > size
-        parts.append(checkpoint(score, *chunk, use_reentrant=False) if recompute else score(*chunk))
+    parts = in_chunks(score, size, hidden, tokens, kept)
     logprobs = torch.cat([part[0] for part in parts])
     return logprobs, torch.cat([part[1] for part in parts]) if with_entropy else None  # type: ignore[misc]
+
+
+def kl_in_chunks(
+    head: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "N H"],
+    other_head: Callable[[Tensor], Tensor],
+    other_hidden: Float[Tensor, "N G"],
+    vocabulary: int,
+    temperature: float,
+    kept: UInt8[Tensor, "N bytes"] | None = None,
+    reverse: bool = False,
+) -> Float[Tensor, " N"]:
+    """KL(π ‖ other) at N positions, exact over the vocabulary; with `reverse` KL(other ‖ π).
+
+    Like `score_in_chunks`; nothing is differentiated through the other policy.
+    """
+
+    def score(h: Tensor, g: Tensor, keep: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            theirs = sampling_logits(other_head(g), temperature, keep)
+        ours = sampling_logits(head(h), temperature, keep)
+        return full(theirs, ours) if reverse else full(ours, theirs)
+
+    return torch.cat(in_chunks(score, max(1, CHUNK_ELEMENTS // (2 * vocabulary)), hidden, other_hidden, kept))
+
+
+def in_chunks(score: Callable[..., Any], size: int, *columns: Tensor | None) -> list[Any]:
+    """`score` of at most `size` positions at a time; with more than one chunk its inside is made again in backward."""
+    count = next(len(column) for column in columns if column is not None)
+    recompute = torch.is_grad_enabled() and count > size
+    parts = []
+    for start in range(0, max(count, 1), size):
+        chunk = [None if column is None else column[start : start + size] for column in columns]
+        parts.append(checkpoint(score, *chunk, use_reentrant=False) if recompute else score(*chunk))
+    return parts

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -71,9 +71,26 @@ def row_mean(x: Float[Tensor, " B"], weights: Float[Tensor, " B"]) -> Float[Tens
     return torch.where(total > 0, torch.where(weights > 0, x * weights, 0).sum() / total, 0.0)
 
 
+def row_means(x: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, " B"]:
+    """Mean over the chosen tokens of each row; 0 for a row without any."""
+    return torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def extent(mask: Bool[Tensor, "B C"]) -> Int[Tensor, " B"]:
+    """Columns up to and with the last chosen token; a gap before it counts. 0 for a row without any."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+
+
 def row_std(x: Float[Tensor, " B"], weights: Float[Tensor, " B"]) -> Float[Tensor, ""]:
     """Weighted standard deviation over rows (population form, divisor Σ w)."""
     return row_mean((x - row_mean(x, weights)) ** 2, weights).sqrt()
+
+
+def correlation(x: Float[Tensor, " B"], y: Float[Tensor, " B"], weights: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Weighted Pearson correlation of two columns; 0 when one of them is constant."""
+    spread = row_std(x, weights) * row_std(y, weights)
+    together = row_mean((x - row_mean(x, weights)) * (y - row_mean(y, weights)), weights)
+    return torch.where(spread > 0, together / spread, 0.0)
 
 
 def center_and_scale(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from hfpg.ops.masked import row_means
 
 
 LOG_RATIO_LIMIT = 20.0  # e^20 ≈ 5e8: beyond it a ratio is a broken row, and exp would give inf
@@ -18,6 +20,29 @@ def policy_gradient(logprobs: Float[Tensor, "B C"], advantages: Float[Tensor, "B
 def ratio(log_ratio: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
     """ρ_t = exp(log π_new − log π_old), the exponent clamped to ±20."""
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def surrogate(log_ratio: Float[Tensor, "B C"], advantages: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """−ρ_t A_t, unclipped (conservative policy iteration, Kakade & Langford 2002; TRPO, arXiv 1502.05477, eq. 14)."""
+    return -ratio(log_ratio) * advantages.detach()
+
+
+def cispo(
+    logprobs: Float[Tensor, "B C"],
+    log_ratio: Float[Tensor, "B C"],
+    advantages: Float[Tensor, "B C"],
+    is_cap: float,
+) -> Float[Tensor, "B C"]:
+    """−sg(min(ρ_t, is_cap)) A_t log π(y_t)  (CISPO, arXiv 2506.13585): no token loses its gradient.
+
+    `is_cap` is absolute, such as 5. At ρ = 1 the gradient is the policy gradient.
+    """
+    return -ratio(log_ratio).clamp(max=is_cap).detach() * advantages.detach() * logprobs
+
+
+def sequence_log_ratio(log_ratio: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """log s = (1/L) Σ_t log ρ_t on every token: the geometric mean over the sequence (GSPO, arXiv 2507.18071)."""
+    return row_means(log_ratio, mask)[:, None].expand_as(log_ratio)
 
 
 def clipped_surrogate(

@@ -27,10 +27,16 @@ def token_rewards(
 
 
 def rewards_to_go(
-    rewards: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], gamma: float = 1.0
+    rewards: Float[Tensor, "B C"],
+    mask: Bool[Tensor, "B C"],
+    gamma: float = 1.0,
+    last_values: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B C"]:
-    """G_t = Σ_{l ≥ t} γ^{l−t} r_l over chosen tokens (Williams 1992; Sutton & Barto 2018, eq. 3.8)."""
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
+    """G_t = Σ_{l ≥ t} γ^{l−t} r_l over chosen tokens (Williams 1992; Sutton & Barto 2018, eq. 3.8).
+
+    `last_values`: what follows the last chosen token, 0 if absent.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0, last_values)
 
 
 def gae(
@@ -39,20 +45,23 @@ def gae(
     mask: Bool[Tensor, "B C"],
     gamma: float = 1.0,
     lam: float = 1.0,
+    last_values: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B C"]:
     """Generalized advantage estimation (arXiv 1506.02438, eq. 16).
 
     δ_t = r_t + γ V(s_{t+1}) − V(s_t);   A_t = δ_t + γ λ A_{t+1}
 
-    Padding (mask False) is a terminal state: its value and advantage are 0, whatever stands in `values` there. The
-    chosen tokens must be a prefix of the row. At λ = 1, A_t = rewards_to_go − V(s_t): unbiased for any V.
+    Only chosen tokens are steps: padding, and a gap inside the row, take no time, and what stands there does not
+    matter. After the last chosen token V is 0, or `last_values` where a cut completion would have gone on. At λ = 1,
+    A_t = rewards_to_go − V(s_t): unbiased for any V.
     """
-    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
-    deltas = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(deltas)
-    running = torch.zeros_like(deltas[:, 0])
-    for t in reversed(range(deltas.shape[1])):
-        running = deltas[:, t] + gamma * lam * running
-        advantages[:, t] = running
-    return torch.where(mask, advantages, 0)
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(running) if last_values is None else last_values
+    for t in reversed(range(rewards.shape[1])):
+        chosen, value = mask[:, t], values[:, t]
+        delta = rewards[:, t] + gamma * next_value - value
+        running = torch.where(chosen, delta + gamma * lam * running, running)
+        next_value = torch.where(chosen, value, next_value)
+        advantages[:, t] = torch.where(chosen, running, 0)
+    return advantages

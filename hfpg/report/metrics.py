@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hfpg.ops.masked import masked_mean, row_mean, row_std
+from hfpg.ops.masked import correlation, masked_mean, row_mean, row_std
 from hfpg.types import Estimates, Rollout
 
 
@@ -22,6 +22,8 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
     length, finished        tokens per completion; share that ended by a stop token
     sampler_gap             largest |log μ − log π_old|: rounding only, or sampling and scoring disagree
     unscored                share of completions that no reward function judged
+    baseline_score          mean score of the greedy completions, or of the prompts, where the baseline is that
+    baseline_correlation    of that score with the completions' scores: near 0 it saves no variance
     """
     w, mask = rollout.weights, rollout.completion_mask
     found = {
@@ -35,6 +37,10 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
     for name, values in by_function.items():
         judged = [v for v in values if v is not None]
         found[f"scores/{name}"] = sum(judged) / len(judged) if judged else float("nan")
+    if rollout.baseline_scores is not None:
+        known = torch.where(rollout.baseline_scores.isnan(), 0, w)
+        found["baseline_score"] = float(row_mean(rollout.baseline_scores, known))
+        found["baseline_correlation"] = float(correlation(rollout.baseline_scores, rollout.scores, known))
     if rollout.ref_logprobs is not None:
         log_ratio = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0)
         found["kl_to_ref"] = float(row_mean(log_ratio.sum(1), w))

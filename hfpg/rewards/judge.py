@@ -69,28 +69,28 @@ class RewardFunction:
         return {k: copy.deepcopy(v) if isinstance(v, list) else v for k, v in taken.items()}
 
 
-def import_function(spec: str) -> Any:
-    """The object that "file.py:name" or "package.module:name" names."""
+def import_function(spec: str, what: str = "reward") -> Any:
+    """The object that "file.py:name" or "package.module:name" names; `what` it is, for the error messages."""
     where, _, name = spec.rpartition(":")
-    require(bool(where and name), f"reward {spec!r}: use 'file.py:name' or 'package.module:name'")
+    require(bool(where and name), f"{what} {spec!r}: use 'file.py:name' or 'package.module:name'")
     if where.endswith(".py"):
         path = Path(where)
-        require(path.is_file(), f"reward {spec!r}: there is no file {where}")
-        module_spec = importlib.util.spec_from_file_location(f"hfpg_reward_{path.stem}", path)
+        require(path.is_file(), f"{what} {spec!r}: there is no file {where}")
+        module_spec = importlib.util.spec_from_file_location(f"hfpg_{what}_{path.stem}", path)
         assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[module_spec.name] = module
         try:
             module_spec.loader.exec_module(module)
         except Exception as error:
-            raise ConfigError(f"reward {spec!r}: {where} fails: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{what} {spec!r}: {where} fails: {type(error).__name__}: {error}") from error
     else:
         try:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:
-            raise ConfigError(f"reward {spec!r}: {error}; use 'file.py:name' or 'package.module:name'") from None
+            raise ConfigError(f"{what} {spec!r}: {error}; use 'file.py:name' or 'package.module:name'") from None
     names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-    require(hasattr(module, name), f"reward {spec!r}: {where} has no {name!r}; it has {names[:8]}")
+    require(hasattr(module, name), f"{what} {spec!r}: {where} has no {name!r}; it has {names[:8]}")
     return getattr(module, name)
 
 
@@ -228,6 +228,18 @@ def merge_said(parts: Sequence[Any]) -> dict[str, dict[str, Any]]:
     logged = {n: [v for part in parts for v in part[3].get(n, [])] for n in names}
     means = {n: sum(values) / len(values) for n, values in logged.items()}
     return {"by_function": columns(1), "extra": columns(2), "metrics": means}
+
+
+def merge_rounds(rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """What `merge_said` gave in several rounds of one step, as one."""
+    if len(rounds) == 1:
+        return rounds[0]
+
+    def rows(said: dict[str, dict[str, Any]]) -> int:
+        return len(next(iter(said["by_function"].values())))
+
+    parts = [(rows(s), s["by_function"], s["extra"], {n: [v] for n, v in s["metrics"].items()}) for s in rounds]
+    return merge_said(parts)
 
 
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:

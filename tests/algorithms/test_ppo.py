@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hfpg.algorithms import PPO, Reinforce
-from hfpg.algorithms.ppo import PPOState
+from hfpg.algorithms.method import State
 from hfpg.config import ConfigError
 from hfpg.ops.masked import aggregate, masked_mean
 from hfpg.ops.returns import gae, token_rewards
@@ -158,9 +158,11 @@ def test_kl_to_old_is_unbiased_for_the_kl_from_the_old_to_the_new_policy():
 def test_update_hands_the_knobs_to_the_learner():
     learner, rows = FakeLearner(), rollout()
     algorithm = PPO(epochs=3, minibatches=2, max_kl=0.1, entropy_coef=0.01, aggregation="constant")
-    metrics, state = algorithm.update(learner, rows, estimate(algorithm, rows), PPOState(0.05))
-    assert metrics == {"loss": 1.0} and state == PPOState(0.05)
-    assert learner.settings == dict(aggregation="constant", epochs=3, minibatches=2, max_kl=0.1, with_entropy=True)
+    metrics, state = algorithm.update(learner, rows, estimate(algorithm, rows), State(0.05))
+    assert metrics == {"loss": 1.0} and state == State(0.05, step=1)
+    assert learner.settings == dict(
+        aggregation="constant", epochs=3, minibatches=2, max_kl=0.1, with_entropy=True, with_kl=False
+    )
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(12.0, 1.02), (1.0, 0.98), (6.06, 1.001)])
@@ -171,8 +173,8 @@ def test_the_kl_coefficient_moves_toward_its_target_from_the_state_and_not_from_
     shift[3] = 1e6  # a row of weight 0
     rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs - shift)
     algorithm = PPO(kl_coef=0.05, kl_target=6.0)
-    assert algorithm.init() == PPOState(0.05)
-    _, state = algorithm.update(FakeLearner(), rows, estimate(algorithm, rows), PPOState(0.4))
+    assert algorithm.init() == State(0.05)
+    _, state = algorithm.update(FakeLearner(), rows, estimate(algorithm, rows), State(0.4))
     assert state.kl_coef == pytest.approx(0.4 * factor, rel=1e-5)
 
 

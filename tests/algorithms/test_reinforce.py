@@ -124,7 +124,7 @@ def test_the_value_baseline_is_the_value_before_the_token():
 @pytest.mark.parametrize("baseline", ["none", "ema", "batch", "value"])
 def test_the_stop_token_has_credit_and_padding_has_none(baseline: str):
     rows = rollout()
-    found, _ = estimate(Reinforce(baseline=baseline), rows, ReinforceState(0.0, 0.25, 0.5))
+    found, _ = estimate(Reinforce(baseline=baseline), rows, ReinforceState(0.0, return_total=0.25, return_weight=0.5))
     last = rows.completion_mask.sum(1) - 1
     assert (found.advantages[torch.arange(3), last[:3]] != 0).all() or baseline == "batch"
     assert found.advantages[1, 0] != 0 and found.advantages[2, 3] != 0
@@ -137,7 +137,7 @@ def test_equal_scores_leave_nothing_to_learn_with_the_batch_baseline():
 
 
 def test_a_batch_that_nobody_judged_leaves_the_running_mean():
-    algorithm, state = Reinforce(), ReinforceState(0.05, 0.3, 0.1)
+    algorithm, state = Reinforce(), ReinforceState(0.05, return_total=0.3, return_weight=0.1)
     assert estimate(algorithm, rollout(weights=torch.zeros(4)), state)[1] == state
 
 
@@ -168,7 +168,11 @@ def test_the_expected_gradient_is_that_of_the_expected_score():
     p, one = logits.softmax(0).detach(), torch.ones(5, 1, dtype=torch.bool)
     logp = logits.log_softmax(0)[:, None]
     rows = bandit(5, scores=scores, weights=p, values=torch.full((5, 1), 0.7, dtype=torch.float64))
-    for baseline, state in [("none", None), ("ema", ReinforceState(0.0, 3.0, 1.0)), ("value", None)]:
+    for baseline, state in [
+        ("none", None),
+        ("ema", ReinforceState(0.0, return_total=3.0, return_weight=1.0)),
+        ("value", None),
+    ]:
         algorithm = Reinforce(baseline=baseline)
         credit, _ = algorithm.estimate(rows, scores[:, None], state or algorithm.init())
         loss = algorithm.loss(Scored(logp, None, None), rows, credit).loss
@@ -209,10 +213,11 @@ def test_update_is_one_optimizer_step_and_moves_the_kl_coefficient():
     algorithm = Reinforce(kl_coef=0.1, kl_target=1e-3, entropy_coef=0.01, aggregation="token_mean")
     kl = kl_per_completion(rows)
     assert kl == pytest.approx(float((rows.old_logprobs - rows.ref_logprobs)[:3].sum()) / 3, abs=1e-6)
-    state = ReinforceState(0.1, 3.0, 1.0)
+    state = ReinforceState(0.1, return_total=3.0, return_weight=1.0)
     metrics, after = algorithm.update(learner, rows, Estimates(rows.old_logprobs), state)
-    assert metrics == {"loss": 1.0} and learner.settings == {"aggregation": "token_mean", "with_entropy": True}
-    assert after == dataclasses.replace(state, kl_coef=pytest.approx(0.1 * (1.02 if kl > 1e-3 else 0.98)))
+    assert metrics == {"loss": 1.0}
+    assert learner.settings == {"aggregation": "token_mean", "with_entropy": True, "with_kl": False}
+    assert after == dataclasses.replace(state, step=1, kl_coef=pytest.approx(0.1 * (1.02 if kl > 1e-3 else 0.98)))
 
 
 @pytest.mark.parametrize(("target", "reference"), [(None, True), (6.0, False)])

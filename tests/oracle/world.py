@@ -7,6 +7,7 @@ the Learner accumulates is then E[gradient], exactly, to be compared with autogr
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference
-from hfpg.ops.returns import token_rewards
 from hfpg.types import Rollout, Samples
 from tests import build, tiny
 
@@ -106,18 +106,20 @@ class World:
 
     def rollout(self, **changes: Any) -> Rollout:
         """All rows, scored by the learner, weighted by π(y|x)."""
-        old, spread, ref, values = self.learner.score(self.samples)
+        old = self.learner.score(self.samples, with_last_values=self.actor.value is not None)
         fields = {name: getattr(self.samples, name) for name in Samples.__dataclass_fields__}
-        fields |= dict(scores=self.scores, weights=self.probabilities().detach(), old_logprobs=old, entropy=spread)
-        return Rollout(**(fields | dict(ref_logprobs=ref, values=values) | changes))
+        fields |= dict(scores=self.scores, weights=self.probabilities().detach())
+        fields |= dict(old_logprobs=old.logprobs, entropy=old.entropy, ref_logprobs=old.ref_logprobs)
+        return Rollout(**(fields | dict(values=old.values, last_values=old.last_values) | changes))
 
     def estimated_gradient(self, algorithm: Any, rollout: Rollout, state: Any = None) -> Tensor:
         """What the algorithm's estimate and loss make the Learner accumulate, with the sign of ascent."""
-        ratio = rollout.old_logprobs - rollout.ref_logprobs
-        rewards = token_rewards(rollout.scores, rollout.completion_mask, ratio, algorithm.kl_coef)
-        credit, _ = algorithm.estimate(rollout, rewards, state or algorithm.init())
+        rollout, rewards, state = algorithm.rewards(rollout, state or algorithm.init(), LONGEST)
+        credit, state = algorithm.estimate(rollout, rewards, state)
         self.actor.zero_grad()
-        self.learner.gradient(rollout, credit, algorithm.loss, algorithm.aggregation)
+        loss, schedule = functools.partial(algorithm.loss, state=state), algorithm.schedule(state)
+        wanted = {name: schedule[name] for name in ("with_entropy", "with_kl")}
+        self.learner.gradient(rollout, credit, loss, algorithm.aggregation, **wanted)
         return -self.flat([p.grad for p in self.parameters])
 
     def flat(self, gradients: Any) -> Tensor:

@@ -1,0 +1,270 @@
+"""What all methods share: from scores to token rewards, the KL's place, off-policy weights, refusals."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from hfpg.algorithms import (
+    A2C,
+    CISPO,
+    DAPO,
+    GRPO,
+    GSPO,
+    PPO,
+    PRESETS,
+    RLOO,
+    DrGRPO,
+    Reinforce,
+    ReinforcePlusPlus,
+    ReMax,
+)
+from hfpg.algorithms.method import State
+from hfpg.config import ConfigError
+from hfpg.ops.returns import token_rewards
+from tests.algorithms.test_reinforce import FakeLearner, new_scores, rollout
+
+
+LONGEST = 4
+
+
+def shaped(algorithm: Any, rows: Any = None, state: Any = None) -> Any:
+    """Scores after shaping."""
+    rows = rollout() if rows is None else rows
+    return algorithm.rewards(rows, state or algorithm.init(), LONGEST)[0]
+
+
+# ── from scores to rewards
+
+
+def test_without_any_knob_the_rewards_are_the_scores_and_the_kl():
+    rows = rollout()
+    for name, kind in PRESETS.items():
+        if name == "dapo":
+            continue
+        algorithm = kind()
+        used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+        log_ratio = rows.old_logprobs - rows.ref_logprobs if algorithm.kl_in == "reward" else None
+        assert torch.equal(rewards, token_rewards(rows.scores, rows.completion_mask, log_ratio, algorithm.kl_coef))
+        assert torch.equal(used.weights, rows.weights) and state == algorithm.init()
+
+
+def test_the_order_is_normalise_clip_penalties():
+    algorithm = Reinforce(
+        reward_normalization="fixed", reward_mean=1.0, reward_std=0.5, reward_clip=3.0, missing_eos_penalty=7.0
+    )
+    assert shaped(algorithm).scores.tolist() == pytest.approx([0.0, -3.0, 3.0 - 7.0, -2.0])
+
+
+def test_running_moments_serve_before_they_take_the_batch_in():
+    algorithm, rows = Reinforce(reward_normalization="running"), rollout()
+    first, _, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    assert float(first.scores[:3].mean()) == pytest.approx(0.0, abs=1e-6)  # nothing seen before: the batch itself
+    assert state.score_count == 3 and state.score_mean == pytest.approx(1.0)
+    other = rollout(scores=torch.tensor([10.0, 10.0, 10.0, 99.0]))
+    second, _, later = algorithm.rewards(other, state, LONGEST)
+    std = (torch.tensor([0.0, -3.0, 3.0]) ** 2).mean().sqrt()
+    assert second.scores[0] == pytest.approx(float(9.0 / std)) and later.score_count == 6
+    stored = dataclasses.replace(rows, stored=torch.ones(4, dtype=torch.bool))
+    assert algorithm.rewards(stored, state, LONGEST)[2] == state  # rows of an earlier step were counted then
+
+
+def test_the_soft_penalty_rises_over_the_last_share_of_the_length():
+    rows = rollout(scores=torch.zeros(4))  # lengths 3, 1, 4, 2
+    assert shaped(Reinforce(soft_overlong=0.5), rows).scores.tolist() == pytest.approx([-0.5, 0.0, -1.0, 0.0])
+
+
+def test_masked_completions_count_for_nothing_and_bootstrapped_ones_go_on():
+    used = shaped(Reinforce(truncation="mask"))
+    assert used.weights.tolist() == [1.0, 1.0, 0.0, 0.0]
+    rows = rollout(last_values=torch.tensor([5.0, 5.0, 5.0, 5.0]), values=torch.zeros(4, 4))
+    plain = PPO(whiten_advantages=False, kl_coef=0.0)
+    longer = dataclasses.replace(plain, truncation="bootstrap")
+    difference = []
+    for algorithm in (plain, longer):
+        used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+        difference.append(algorithm.estimate(used, rewards, state)[0].advantages)
+    gained = difference[1] - difference[0]
+    assert not gained[[0, 1, 3]].any()  # they ended by themselves
+    torch.testing.assert_close(gained[2], torch.full((4,), 5.0))
+    value = Reinforce(baseline="value", truncation="bootstrap", kl_coef=0.0)
+    used, rewards, state = value.rewards(rows, value.init(), LONGEST)
+    assert float(value.estimate(used, rewards, state)[0].advantages[2, 0]) == pytest.approx(4.0 + 5.0)
+
+
+def test_the_greedy_score_is_shaped_like_the_samples_scores():
+    rows = rollout(
+        baseline_scores=torch.tensor([2.0, 2.0, 2.0, float("nan")]),
+        baseline_finished=torch.tensor([True, True, False, True]),
+        baseline_lengths=torch.tensor([1, 1, 4, 1]),
+    )
+    algorithm = ReMax(missing_eos_penalty=1.0, reward_clip=1.5, kl_coef=0.0)
+    used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    assert used.baseline_scores[:3].tolist() == [1.5, 1.5, 0.5]
+    advantages = algorithm.estimate(used, rewards, state)[0].advantages
+    assert advantages[:3, 0].tolist() == pytest.approx([1.0 - 1.5, -1.5 - 1.5, 1.5 - 1.0 - 0.5])
+    assert float(advantages[3, 0]) == 0.0  # nobody could score its prompt: no baseline; its own score is 0
+
+
+def test_the_score_of_the_prompt_is_a_baseline_without_penalties():
+    rows = rollout(baseline_scores=torch.full((4,), 0.25))
+    algorithm = Reinforce(baseline="input", missing_eos_penalty=1.0, kl_coef=0.0)
+    used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    advantages = algorithm.estimate(used, rewards, state)[0].advantages
+    assert advantages[:3, 0].tolist() == pytest.approx([0.75, -2.25, 4.0 - 1.0 - 0.25])
+
+
+# ── the KL in the loss
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k2_sequence", "full"])
+def test_the_loss_side_kl_has_its_gradient(estimator: str):
+    rows = rollout()
+    algorithm = Reinforce(kl_in="loss", kl_estimator=estimator, kl_coef=0.5, baseline="none")
+    new = new_scores(rows)
+    new = new._replace(kl=3 * new.logprobs)
+    used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    assert torch.equal(rewards, token_rewards(rows.scores, rows.completion_mask))  # none of it in the reward
+    credit, state = algorithm.estimate(used, rewards, state)
+    zero = dataclasses.replace(credit, advantages=torch.zeros_like(credit.advantages))
+    loss = algorithm.loss(new, rows, zero, dataclasses.replace(state, kl_coef=0.25)).loss
+    (gradient,) = torch.autograd.grad(torch.where(rows.completion_mask, loss, 0).sum(), new.logprobs)
+    delta = torch.where(rows.completion_mask, rows.old_logprobs - rows.ref_logprobs, 0)
+    expected = {
+        "k2": delta,
+        "k3": 1 - (-delta).exp(),
+        "k2_sequence": delta.sum(1, keepdim=True).expand(4, 4),
+        "full": torch.full((4, 4), 3.0),
+    }[estimator]
+    torch.testing.assert_close(gradient, torch.where(rows.completion_mask, 0.25 * expected, 0))
+
+
+def test_the_exact_kl_is_asked_of_the_learner_only_where_it_is_used():
+    for algorithm, wanted in [
+        (GRPO(), False),
+        (GRPO(kl_estimator="full"), True),
+        (DrGRPO(kl_estimator="full"), False),
+    ]:
+        assert algorithm.schedule(algorithm.init())["with_kl"] is wanted
+
+
+# ── off-policy weights
+
+
+@pytest.mark.parametrize("kind", [Reinforce, RLOO, PPO, A2C, GRPO, CISPO, GSPO, ReinforcePlusPlus])
+def test_advantages_are_weighted_by_what_the_policy_has_become(kind: Any):
+    rows = rollout(group_ids=torch.tensor([0, 0, 0, 1]))
+    rows = dataclasses.replace(rows, behaviour_logprobs=rows.old_logprobs - 0.1 * rows.completion_mask)
+    plain, corrected = kind(), kind(off_policy="sequence")
+    found = []
+    for algorithm in (plain, corrected):
+        used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+        found.append(algorithm.estimate(used, rewards, state)[0].advantages)
+    w = (0.1 * rows.completion_mask.sum(1, keepdim=True)).exp()
+    torch.testing.assert_close(found[1], found[0] * w)
+
+
+def test_on_policy_nothing_is_weighted():
+    rows = rollout()
+    rows = dataclasses.replace(rows, behaviour_logprobs=rows.old_logprobs)
+    algorithm = PPO(off_policy="truncated", self_normalize=True)
+    used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    torch.testing.assert_close(
+        algorithm.estimate(used, rewards, state)[0].advantages, PPO().estimate(used, rewards, state)[0].advantages
+    )
+
+
+# ── warm-up
+
+
+def test_the_value_function_warms_up_alone():
+    algorithm, learner = PPO(value_warmup=2, lam=0.9), FakeLearner()
+    state, rows = algorithm.init(), rollout()
+    trained = []
+    for _ in range(4):
+        credit, state = algorithm.estimate(rows, token_rewards(rows.scores, rows.completion_mask), state)
+        _, state = algorithm.update(learner, rows, credit, state)
+        trained.append(learner.settings.get("train", "all"))
+    assert trained == ["value", "value", "all", "all"] and state.step == 4
+
+
+def test_the_critic_may_have_a_lambda_of_its_own():
+    rows = rollout()
+    rewards = token_rewards(rows.scores, rows.completion_mask)
+    mixed = PPO(lam=0.5, value_lam=1.0).estimate(rows, rewards, State(0.0))[0]
+    assert torch.equal(mixed.advantages, PPO(lam=0.5).estimate(rows, rewards, State(0.0))[0].advantages)
+    assert torch.equal(mixed.returns, PPO(lam=1.0).estimate(rows, rewards, State(0.0))[0].returns)
+
+
+# ── refusals and warnings
+
+
+REFUSED = [
+    (functools.partial(GRPO, num_generations=1), "GRPO compares the samples of one prompt, and num_generations=1"),
+    (functools.partial(DAPO, num_generations=1), "set it to 8, or use Reinforce(baseline='ema')"),
+    (functools.partial(GRPO, baseline="leave_one_out"), "divides by a spread that is next to 0 when the others agree"),
+    (functools.partial(GRPO, objective="cispo"), "is_cap=5 is usual"),
+    (functools.partial(CISPO, dual_clip=3.0), "objective='cispo' clips no loss, so dual_clip would do nothing"),
+    (functools.partial(CISPO, clip_range_high=0.3), "so clip_range_high would do nothing"),
+    (functools.partial(CISPO, importance="sequence"), "use importance='token'"),
+    (functools.partial(GRPO, is_cap=5.0), "is_cap=5.0 is the largest ratio of objective='cispo'"),
+    (functools.partial(CISPO, is_cap=0.2), "is_cap=0.2 is the largest ratio of objective='cispo' and at least 1"),
+    (functools.partial(Reinforce, kl_in="loss"), "kl_in='loss' with kl_estimator='k1' regularises nothing"),
+    (functools.partial(PPO, kl_estimator="k3"), "kl_in='reward' with kl_estimator='k3' hardly regularises"),
+    (functools.partial(GRPO, kl_in="reward"), "use kl_estimator='k1', or kl_in='loss'"),
+    (functools.partial(PPO, kl_coef=0.0, kl_target=6.0), "kl_coef=0 stays 0; start it at 0.05"),
+    (functools.partial(Reinforce, truncation="bootstrap"), "Reinforce has no value function here"),
+    (functools.partial(GRPO, truncation="bootstrap"), "use truncation='terminal', or PPO or A2C"),
+    (functools.partial(ReMax, truncation="mask"), "compares finished completions with a greedy one that may be cut"),
+    (functools.partial(Reinforce, replay=2), "off_policy='none' would count them as the policy's own"),
+    (functools.partial(PPO, replay=-1, off_policy="token"), "replay=-1 must be 0 (off) or more"),
+    (functools.partial(PPO, weight_cap=2.0), "off_policy='none' has none; use 'truncated'"),
+    (functools.partial(PPO, off_policy="sequence", weight_cap=0.0), "weight_cap=0.0 must be above 0, or absent"),
+    (functools.partial(PPO, off_policy="token", self_normalize=True), "off_policy='token' has none; use 'sequence'"),
+    (functools.partial(PPO, off_policy="prefix", self_normalize=True), "off_policy='prefix' has none"),
+    (functools.partial(PPO, reward_mean=1.0), "are read only with reward_normalization='fixed'"),
+    (functools.partial(PPO, reward_normalization="fixed", reward_std=0.0), "reward_std=0.0 must be above 0"),
+    (functools.partial(PPO, reward_clip=0.0), "reward_clip=0.0 must be above 0, or absent"),
+    (functools.partial(PPO, missing_eos_penalty=-1.0), "missing_eos_penalty=-1.0 must be 0 (off) or more"),
+    (functools.partial(PPO, soft_overlong=1.0), "soft_overlong=1.0 must be a share of the length, like 0.2"),
+    (functools.partial(PPO, value_warmup=-1), "value_warmup=-1 must be 0 (off) or more"),
+    (functools.partial(A2C, value_lam=1.5), "value_lam=1.5 must lie between 0 and 1"),
+    (functools.partial(GRPO, resample_rounds=-1), "resample_rounds=-1 must be 0 (off) or more"),
+    (functools.partial(ReinforcePlusPlus, gamma=0.0), "gamma=0.0 must be above 0 and at most 1"),
+    (functools.partial(PPO, truncation="drop"), "truncation='drop' is unknown; choose from"),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), REFUSED, ids=[str(number) for number in range(len(REFUSED))])
+def test_what_cannot_go_together_is_refused_with_the_fix(make: Any, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "fresh", "sentence"),
+    [
+        (PPO(lam=0.95), True, "lam=0.95 trusts a value head that knows nothing yet"),
+        (PPO(lam=0.95, value_warmup=3), True, None),
+        (PPO(lam=0.95), False, None),
+        (PPO(), True, None),
+        (GSPO(clip_range=0.2), True, "clip_range=0.2 with importance='sequence' never clips"),
+        (GSPO(), True, None),
+        (GRPO(epochs=2), True, "the KL term is not corrected for it"),
+        (DrGRPO(epochs=2), True, None),
+        (PPO(epochs=4), True, None),
+    ],
+)
+def test_what_is_rarely_meant_is_said(algorithm: Any, fresh: bool, sentence: str | None):
+    found = " ".join(algorithm.warnings(fresh_value_head=fresh))
+    assert (sentence is None and not found) or (sentence is not None and sentence in found)
+
+
+def test_every_preset_says_what_it_is():
+    for name, kind in PRESETS.items():
+        assert kind.paper and kind.formula and kind.bias and kind.__doc__, name
+        for knob in dataclasses.fields(kind):
+            assert knob.metadata.get("help"), f"{name}.{knob.name} has no help"
