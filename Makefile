@@ -15,10 +15,10 @@ demo: $(VENV)/.ready
 	$(BIN)/accelerate launch recipes/ppo_gpt2.py $(ARGS)
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not learning" $(ARGS)
 
 slow: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow or learning" $(ARGS)
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

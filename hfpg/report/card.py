@@ -244,7 +244,7 @@ class _Paper:
         )
 
 
-_PAPERS = {
+_PAPERS = {  # by the class name of the algorithm, in lower case
     "reinforce": _Paper(
         "williams1992simple",
         "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
@@ -252,12 +252,85 @@ _PAPERS = {
         1992,
         "Machine Learning 8, 229--256",
     ),
+    "rloo": _Paper(
+        "ahmadian2024back",
+        "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
+        "Ahmadian, Arash and Cremer, Chris and Gall{\\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and "
+        'Pietquin, Olivier and {\\"U}st{\\"u}n, Ahmet and Hooker, Sara',
+        2024,
+        "arXiv:2402.14740",
+    ),
+    "remax": _Paper(
+        "li2023remax",
+        "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models",
+        "Li, Ziniu and Xu, Tian and Zhang, Yushun and Lin, Zhihang and Yu, Yang and Sun, Ruoyu and Luo, Zhi-Quan",
+        2023,
+        "arXiv:2310.10505",
+    ),
+    "reinforceplusplus": _Paper(
+        "hu2025reinforce",
+        "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization",
+        "Hu, Jian and Liu, Jason Klein and Xu, Haotian and Shen, Wei",
+        2025,
+        "arXiv:2501.03262",
+    ),
+    "grpo": _Paper(
+        "shao2024deepseekmath",
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        "Shao, Zhihong and Wang, Peiyi and Zhu, Qihao and Xu, Runxin and Song, Junxiao and others",
+        2024,
+        "arXiv:2402.03300",
+    ),
+    "drgrpo": _Paper(
+        "liu2025understanding",
+        "Understanding R1-Zero-Like Training: A Critical Perspective",
+        "Liu, Zichen and Chen, Changyu and Li, Wenjun and Qi, Penghui and Pang, Tianyu and Du, Chao and Lee, Wee Sun "
+        "and Lin, Min",
+        2025,
+        "arXiv:2503.20783",
+    ),
+    "dapo": _Paper(
+        "yu2025dapo",
+        "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+        "Yu, Qiying and Zhang, Zheng and Zhu, Ruofei and Yuan, Yufeng and Zuo, Xiaochen and Yue, Yu and others",
+        2025,
+        "arXiv:2503.14476",
+    ),
+    "gspo": _Paper(
+        "zheng2025group",
+        "Group Sequence Policy Optimization",
+        "Zheng, Chujie and Liu, Shixuan and Li, Mingze and Chen, Xiong-Hui and Yu, Bowen and others",
+        2025,
+        "arXiv:2507.18071",
+    ),
+    "cispo": _Paper(
+        "minimax2025m1",
+        "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
+        "{MiniMax}",
+        2025,
+        "arXiv:2506.13585",
+    ),
+    "a2c": _Paper(
+        "mnih2016asynchronous",
+        "Asynchronous Methods for Deep Reinforcement Learning",
+        "Mnih, Volodymyr and Badia, Adri{\\`a} Puigdom{\\`e}nech and Mirza, Mehdi and Graves, Alex and Lillicrap, "
+        "Timothy P. and Harley, Tim and Silver, David and Kavukcuoglu, Koray",
+        2016,
+        "arXiv:1602.01783",
+    ),
     "ppo": _Paper(
         "schulman2017proximal",
         "Proximal Policy Optimization Algorithms",
         "Schulman, John and Wolski, Filip and Dhariwal, Prafulla and Radford, Alec and Klimov, Oleg",
         2017,
         "arXiv:1707.06347",
+    ),
+    "trpo": _Paper(
+        "schulman2015trust",
+        "Trust Region Policy Optimization",
+        "Schulman, John and Levine, Sergey and Moritz, Philipp and Jordan, Michael I. and Abbeel, Pieter",
+        2015,
+        "arXiv:1502.05477",
     ),
 }
 

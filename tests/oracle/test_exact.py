@@ -6,13 +6,14 @@ import itertools
 import pytest
 import torch
 
-from hfpg.algorithms import A2C, PPO, RLOO, Reinforce
+from hfpg.algorithms import A2C, CISPO, GRPO, GSPO, PPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus, ReMax
 from hfpg.algorithms.reinforce import ReinforceState
 from hfpg.ops.returns import token_rewards
+from hfpg.types import Estimates
 from tests.oracle.world import PROMPTS, World, error
 
 
-EXACT = 1e-10  # float64; single precision anywhere on the way would give 1e-7
+EXACT = 1e-12  # relative, float64; single precision anywhere on the way would give 1e-7
 
 
 def test_the_world_is_a_world():
@@ -25,16 +26,60 @@ def test_the_world_is_a_world():
     assert p.min() > 1e-4 and world.objective_gradient().norm() > 0.01
 
 
+KINDS = ["gpt2", "lstm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("baseline", ["none", "ema", "value"])
-def test_reinforce_is_unbiased(baseline, kl_coef, temperature):
-    """With any past mean, with any value function, and with KL to a different reference in the reward."""
-    world = World("shared" if baseline == "value" else None, temperature)
+@pytest.mark.parametrize("baseline", ["none", "ema", "value", "greedy", "input"])
+def test_reinforce_is_unbiased(baseline, kl_coef, temperature, kind):
+    """With any past mean, any value function, any score of the prompt; with KL to another reference in the reward."""
+    world = World("shared" if baseline == "value" else None, temperature, kind)
     algorithm = Reinforce(baseline=baseline, kl_coef=kl_coef, value_coef=0.0)
     state = ReinforceState(kl_coef, return_total=0.9, return_weight=0.5)
-    found = world.estimated_gradient(algorithm, world.rollout(), state)
+    of_prompt = world.of_greedy() if baseline == "greedy" else torch.tensor([0.8, -1.7])[world.samples.group_ids]
+    found = world.estimated_gradient(algorithm, world.rollout(baseline_scores=of_prompt), state)
     assert error(found, world.objective_gradient(kl_coef)) < EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_named_faces_are_unbiased(kind):
+    world = World(kind=kind)
+    rollout = world.rollout(baseline_scores=world.of_greedy())
+    assert error(world.estimated_gradient(ReMax(kl_coef=0.3), rollout), world.objective_gradient(0.3)) < EXACT
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_sum", "token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_ratio_one_every_surrogate_is_reinforce(aggregation, kind):
+    """PPO, dual clip, REINFORCE++ and CISPO: the same gradient, with the same credit and the same aggregation."""
+    world = World("shared", kind=kind)
+    rollout = world.rollout()
+    plain = Reinforce(baseline="none", kl_coef=0.3, aggregation=aggregation)
+    truth = world.estimated_gradient(plain, rollout)
+    shared = dict(kl_coef=0.3, aggregation=aggregation)
+    zero = world.rollout(values=torch.zeros_like(rollout.old_logprobs))
+    for algorithm, rows in [
+        (PPO(whiten_advantages=False, value_coef=0.0, **shared), zero),
+        (PPO(whiten_advantages=False, value_coef=0.0, dual_clip=3.0, clip_range_high=0.28, **shared), zero),
+        (A2C(value_coef=0.0, **shared), zero),
+        (ReinforcePlusPlus(whiten_advantages=False, **shared), rollout),
+    ]:
+        assert error(world.estimated_gradient(algorithm, rows), truth) < EXACT
+    credit, state = plain.estimate(*plain.rewards(rollout, plain.init(), world.longest)[:2], plain.init())
+    for algorithm in (GRPO(aggregation=aggregation, kl_coef=0.0), CISPO(aggregation=aggregation)):
+        assert error(world.loss_gradient(algorithm, rollout, credit, algorithm.init()), truth) < EXACT
+
+
+def test_gspo_at_ratio_one_is_reinforce_with_a_mean_per_sequence():
+    """One advantage per sequence: the ratio's gradient is the mean of the token ratios' gradients."""
+    world = World()
+    rollout, algorithm = world.rollout(), GSPO()
+    credit = Estimates(torch.where(rollout.completion_mask, world.scores[:, None], 0))
+    found = world.loss_gradient(algorithm, rollout, credit, algorithm.init())
+    plain = Reinforce(baseline="none", kl_coef=0.0, aggregation="sequence_mean")
+    assert error(found, world.estimated_gradient(plain, rollout)) < EXACT
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])

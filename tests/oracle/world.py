@@ -1,14 +1,18 @@
 """A world small enough to enumerate: every completion of every prompt, with its probability, through hfpg's own code.
 
-Vocabulary {0 = EOS, 1, 2}, at most T = 3 tokens, two prompts of different lengths (left-padded), a tiny GPT-2 in
+Vocabulary {0 = EOS, 1, 2}, at most T tokens, two prompts of different lengths (left-padded), a tiny GPT-2 or LSTM in
 float64. A batch of *all* completions with row weight π(y|x) turns an estimator's expectation into one gradient: what
 the Learner accumulates is then E[gradient], exactly, to be compared with autograd on J itself.
+
+Estimators that compare rows with each other have no such batch. For them `tuples` runs hfpg's `rewards` and `estimate`
+on every K-tuple of completions and contracts the advantages with score vectors that come out of hfpg's loss.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +20,8 @@ from torch import Tensor
 
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference
-from hfpg.types import Rollout, Samples
+from hfpg.ops.masked import token_coefficients
+from hfpg.types import Estimates, Rollout, Samples
 from tests import build, tiny
 
 
@@ -24,12 +29,12 @@ VOCABULARY, LONGEST = 3, 3
 PROMPTS = ([1, 2, 1], [2])
 
 
-def completions() -> list[list[int]]:
-    """Every completion: it ends with EOS (0) or is cut at LONGEST tokens."""
+def completions(longest: int = LONGEST, vocabulary: int = VOCABULARY) -> list[list[int]]:
+    """Every completion: it ends with EOS (0) or is cut at `longest` tokens."""
     found: list[list[int]] = []
-    for length in range(1, LONGEST + 1):
-        for body in itertools.product(range(1, VOCABULARY), repeat=length - 1):
-            found += [[*body, last] for last in range(VOCABULARY) if last == 0 or length == LONGEST]
+    for length in range(1, longest + 1):
+        for body in itertools.product(range(1, vocabulary), repeat=length - 1):
+            found += [[*body, last] for last in range(vocabulary) if last == 0 or length == longest]
     return found
 
 
@@ -42,20 +47,27 @@ def reward(prompt: int, completion: list[int]) -> float:
 class World:
     """All (prompt, completion) rows, a policy, a different reference, and a learner on them."""
 
-    def __init__(self, value: Any = None, temperature: float = 1.0, **settings: Any):
-        texts = completions()
-        pairs = [(p, y) for p in range(len(PROMPTS)) for y in texts]
-        width = max(map(len, PROMPTS))
-        ids, mask = (
-            torch.zeros(len(pairs), LONGEST, dtype=torch.long),
-            torch.zeros(len(pairs), LONGEST, dtype=torch.bool),
-        )
+    def __init__(
+        self,
+        value: Any = None,
+        temperature: float = 1.0,
+        kind: str = "gpt2",
+        prompts: Sequence[list[int]] = PROMPTS,
+        longest: int = LONGEST,
+        **settings: Any,
+    ):
+        self.prompts, self.longest = prompts, longest
+        texts = completions(longest)
+        pairs = [(p, y) for p in range(len(prompts)) for y in texts]
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(pairs), longest, dtype=torch.long)
+        mask = torch.zeros(len(pairs), longest, dtype=torch.bool)
         prompt_ids = torch.zeros(len(pairs), width, dtype=torch.long)
         prompt_mask = torch.zeros(len(pairs), width, dtype=torch.bool)
         for row, (p, y) in enumerate(pairs):
             ids[row, : len(y)], mask[row, : len(y)] = torch.tensor(y), True
-            prompt_ids[row, width - len(PROMPTS[p]) :] = torch.tensor(PROMPTS[p])
-            prompt_mask[row, width - len(PROMPTS[p]) :] = True
+            prompt_ids[row, width - len(prompts[p]) :] = torch.tensor(prompts[p])
+            prompt_mask[row, width - len(prompts[p]) :] = True
         self.samples = Samples(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
@@ -66,7 +78,8 @@ class World:
             group_ids=torch.tensor([p for p, _ in pairs]),
         )
         self.scores = torch.tensor([reward(p, y) for p, y in pairs], dtype=torch.float64)
-        self.actor = ActorCritic(tiny.model("gpt2", seed=3, vocabulary=VOCABULARY).double(), value)
+        policy = tiny.model(kind, seed=3, vocabulary=VOCABULARY, **SMALLER.get(kind, {})).double()
+        self.actor = ActorCritic(policy, value)
         self.reference = Reference(self.actor)
         with torch.no_grad():  # a reference that differs from the policy, and a value function that knows nothing
             for parameter in self.reference.scorer.parameters():
@@ -76,7 +89,7 @@ class World:
                 self.actor.value.linear.weight.normal_(generator=torch.Generator().manual_seed(5))
         self.temperature = temperature
         self.learner: Learner = build.learner(
-            self.actor, temperature=temperature, max_tokens_per_micro_batch=40, **settings
+            self.actor, temperature=temperature, **({"max_tokens_per_micro_batch": 40} | settings)
         )
         self.learner.reference = self.reference
         self.parameters = [p for n, p in self.actor.named_parameters() if not n.startswith("value.")]
@@ -102,7 +115,8 @@ class World:
         if kl_coef:
             reference = self.rollout().ref_logprobs.sum(1)
             value = value - kl_coef * (p.log() - reference)
-        return self.flat(torch.autograd.grad((p * value).sum() / len(PROMPTS), self.parameters, allow_unused=True))
+        total = (p * value).sum() / len(self.prompts)
+        return self.flat(torch.autograd.grad(total, self.parameters, allow_unused=True))
 
     def rollout(self, **changes: Any) -> Rollout:
         """All rows, scored by the learner, weighted by π(y|x)."""
@@ -114,18 +128,69 @@ class World:
 
     def estimated_gradient(self, algorithm: Any, rollout: Rollout, state: Any = None) -> Tensor:
         """What the algorithm's estimate and loss make the Learner accumulate, with the sign of ascent."""
-        rollout, rewards, state = algorithm.rewards(rollout, state or algorithm.init(), LONGEST)
+        rollout, rewards, state = algorithm.rewards(rollout, state or algorithm.init(), self.longest)
         credit, state = algorithm.estimate(rollout, rewards, state)
+        return self.loss_gradient(algorithm, rollout, credit, state)
+
+    def loss_gradient(self, algorithm: Any, rollout: Rollout, credit: Estimates, state: Any) -> Tensor:
+        """What the algorithm's loss makes the Learner accumulate for this credit, with the sign of ascent."""
         self.actor.zero_grad()
         loss, schedule = functools.partial(algorithm.loss, state=state), algorithm.schedule(state)
         wanted = {name: schedule[name] for name in ("with_entropy", "with_kl")}
         self.learner.gradient(rollout, credit, loss, algorithm.aggregation, **wanted)
         return -self.flat([p.grad for p in self.parameters])
 
+    def score_vectors(self, algorithm: Any, rollout: Rollout) -> Tensor:
+        """[B, C, D]: the gradient that the algorithm's loss gives for credit 1 on one token of one row."""
+        found = torch.zeros(
+            *rollout.completion_ids.shape, sum(p.numel() for p in self.parameters), dtype=torch.float64
+        )
+        plain = _summing(algorithm)
+        for b in range(len(rollout)):
+            row = rollout.take(torch.tensor([b]))
+            row = type(row)(**(vars(row) | {"weights": torch.ones(1, dtype=torch.float64)}))
+            for t in range(int(row.completion_mask.sum())):
+                one = torch.zeros(1, self.longest, dtype=torch.float64)
+                one[0, t] = 1
+                found[b, t] = self.loss_gradient(
+                    plain, row, Estimates(one, one if algorithm.value else None), plain.init()
+                )
+        return found
+
+    def tuples(self, algorithm: Any, count: int, rollout: Rollout | None = None, state: Any = None) -> Tensor:
+        """E[gradient] of an estimator that compares `count` completions of the (one) prompt, over all tuples."""
+        rollout = self.rollout() if rollout is None else rollout
+        p, vectors = rollout.weights, self.score_vectors(algorithm, rollout)
+        expected = torch.zeros(vectors.shape[2], dtype=torch.float64)
+        for rows in itertools.product(range(len(rollout)), repeat=count):
+            index = torch.tensor(rows)
+            batch = rollout.take(index)
+            batch = type(batch)(**(vars(batch) | {"weights": torch.ones(count, dtype=torch.float64)}))
+            used, rewards, after = algorithm.rewards(batch, state or algorithm.init(), self.longest)
+            credit, _ = algorithm.estimate(used, rewards, after)
+            c = token_coefficients(batch.completion_mask, used.weights, algorithm.aggregation, self.longest)
+            expected += p[index].prod() * torch.einsum("bt,btd->d", c * credit.advantages, vectors[index])
+        return expected
+
     def flat(self, gradients: Any) -> Tensor:
         """One vector; a parameter without gradient counts as 0."""
         pairs = zip(gradients, self.parameters, strict=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+    def of_greedy(self) -> Tensor:
+        """The score of the prompt's greedy completion, for every row [B]."""
+        p, ids, groups = self.probabilities().detach(), self.samples.completion_ids, self.samples.group_ids
+        found = torch.zeros(len(p), dtype=torch.float64)
+        for prompt in range(len(self.prompts)):
+            rows = (groups == prompt).nonzero()[:, 0]
+            for t in range(self.longest):  # the likeliest token after the prefix; the rows that go on with it
+                mass = [float(p[rows[ids[rows, t] == token]].sum()) for token in range(VOCABULARY)]
+                if int(self.samples.completion_mask[rows, t].sum()) == 0:
+                    break
+                rows = rows[ids[rows, t] == max(range(VOCABULARY), key=mass.__getitem__)]
+            assert len(rows) == 1
+            found[groups == prompt] = self.scores[rows[0]]
+        return found
 
     def exact_values(self) -> Tensor:
         """V(s_t) = E[score | x, y_<t] of every row, [B, C], by summing over the rows that share the prefix."""
@@ -137,6 +202,22 @@ class World:
                 same &= self.samples.completion_mask[:, t]
                 values[row, t] = (p * self.scores)[same].sum() / p[same].sum()
         return values
+
+
+SMALLER: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 8, "n_positions": 8},
+    "lstm": {"hidden_size": 8, "embedding_size": 4, "num_hidden_layers": 1},
+}
+
+
+def _summing(algorithm: Any) -> Any:
+    """The same method, with the aggregation that leaves a token's gradient as it is."""
+    return type(algorithm)(**(vars(algorithm) | {"aggregation": "sequence_sum", "kl_coef": 0.0, "entropy_coef": 0.0}))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Of the angle between two gradients."""
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
 def error(estimate: Tensor, truth: Tensor) -> float:

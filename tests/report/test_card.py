@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from hfpg.algorithms import PRESETS
 from hfpg.report.card import CardFacts, model_card, text
 
 
@@ -113,6 +114,18 @@ def test_there_are_no_numbers_but_those_given():
 @pytest.mark.parametrize(("algorithm", "paper"), [("PPO", "arXiv:1707.06347"), ("Reinforce", "Williams, Ronald J.")])
 def test_the_paper_of_the_algorithm_is_cited(algorithm, paper):
     assert paper in card(algorithm=algorithm)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_its_paper(name):
+    """The one that the class names first: the same arXiv number, or the same first author and year."""
+    kind = PRESETS[name]
+    named = kind.paper.split(";")[0]
+    entry = card(algorithm=kind.__name__).partition("@article{")[2]
+    number = re.search(r"arXiv (\d{4}\.\d{5})", named)
+    author, year = re.match(r"(\w+).*? (\d{4})", named).groups()
+    assert author in entry and f"year    = {{{year}}}" in entry
+    assert number is None or f"arXiv:{number[1]}" in entry
 
 
 PATHS = {
