@@ -169,18 +169,10 @@ class Learner:
         Returns the loss and the loss function's per-token metrics as token means over the minibatch, and the largest
         |log π_new − log π_old|; the same on every rank.
         """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        longest = self.args.max_completion_length
+        world, longest = self.accelerator.num_processes, self.args.max_completion_length
         coefficients = token_coefficients(rollout.completion_mask, rollout.weights, aggregation, longest)
         means = token_coefficients(rollout.completion_mask, rollout.weights, "token_mean")
-        counting = (rollout.weights > 0).nonzero()[:, 0].cpu()  # the other rows add exactly nothing
-        mine = counting[balance(rollout.lengths[counting], world)[rank]]
-        parts = micro_batches(
-            rollout.prompt_mask.sum(1)[mine],
-            extent(rollout.completion_mask)[mine],
-            self.args.max_tokens_per_micro_batch,
-        )
-        batches = [mine[part] for part in parts]
+        batches = self.shares(rollout)
         if not batches:  # every rank takes part in the reduction: a row that counts for nothing
             batches, coefficients, means = [torch.tensor([0])], coefficients * 0, means * 0
         sums: dict[str, Tensor] = {}
@@ -214,6 +206,14 @@ class Learner:
         names = sorted(sums)
         reduced = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="sum")
         return dict(zip(names, reduced.tolist(), strict=True)), float(self.accelerator.gather(largest[None]).max())
+
+    def shares(self, rollout: Rollout) -> list[Tensor]:
+        """The rows that this rank trains, in micro-batches. Rows of weight 0 add exactly nothing and are left out."""
+        counting = (rollout.weights > 0).nonzero()[:, 0].cpu()
+        dealt = balance(rollout.lengths[counting], self.accelerator.num_processes)
+        mine = counting[dealt[self.accelerator.process_index]]
+        lengths = rollout.prompt_mask.sum(1)[mine], extent(rollout.completion_mask)[mine]
+        return [mine[part] for part in micro_batches(*lengths, self.args.max_tokens_per_micro_batch)]
 
     def forget_policy_gradient(self) -> None:
         """Drop what was accumulated for the policy: the next step trains the value function alone."""

@@ -80,6 +80,8 @@ class PolicyGradientTrainer:
         preflight.check_namespace(algorithm)
         self.accelerator = launch(args)
         preflight.check_batch(args, algorithm, self.accelerator.num_processes)
+        if hasattr(algorithm, "check_run"):
+            algorithm.check_run(args)
         if args.push_to_hub:
             preflight.check_hub(args, self.accelerator)
         load: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)

@@ -5,6 +5,7 @@ from hfpg.algorithms.grpo import CISPO, DAPO, GRPO, GSPO, DrGRPO
 from hfpg.algorithms.ppo import PPO
 from hfpg.algorithms.reinforce import RLOO, Reinforce, ReMax
 from hfpg.algorithms.reinforce_pp import ReinforcePlusPlus
+from hfpg.algorithms.trpo import TRPO
 
 
 PRESETS: dict[str, type] = {
@@ -19,6 +20,7 @@ PRESETS: dict[str, type] = {
     "cispo": CISPO,
     "a2c": A2C,
     "ppo": PPO,
+    "trpo": TRPO,
 }
 """`hfpg train --algorithm NAME`: the class whose defaults are the preset; every field is a flag."""
 
@@ -31,6 +33,7 @@ __all__ = [
     "PPO",
     "PRESETS",
     "RLOO",
+    "TRPO",
     "DrGRPO",
     "ReMax",
     "Reinforce",

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hfpg.ops import logprobs
-from hfpg.ops.logprobs import chosen_logprobs, entropy, pack_bits, sampling_logits, score_in_chunks, unpack_bits
+from hfpg.ops.logprobs import (
+    chosen_logprobs,
+    entropy,
+    kl_in_chunks,
+    pack_bits,
+    sampling_logits,
+    score_in_chunks,
+    unpack_bits,
+)
 
 
 TOKENS, HIDDEN, VOCABULARY = 11, 4, 19
@@ -110,6 +118,66 @@ def test_a_token_outside_the_kept_set_is_impossible_and_still_no_nan():
     lp = chosen_logprobs(sampling_logits(logits, 1.0, pack_bits(kept)), torch.tensor([3]))
     (gradient,) = torch.autograd.grad(lp.sum(), logits)
     assert lp.item() == -math.inf and torch.isfinite(gradient).all()
+
+
+# ── the exact KL to another policy
+
+
+def other_case(dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Linear, Tensor]:
+    """Another head on hidden states of another width."""
+    torch.manual_seed(2)
+    return torch.nn.Linear(HIDDEN + 1, VOCABULARY, dtype=dtype), torch.randn(TOKENS, HIDDEN + 1, dtype=dtype)
+
+
+@pytest.mark.parametrize("elements", [1, 4 * VOCABULARY, 1 << 22])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("with_kept", [False, True])
+def test_the_kl_is_the_sum_over_the_vocabulary_in_value_and_gradient(
+    monkeypatch, elements: int, reverse: bool, with_kept: bool
+):
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", elements)
+    (head, hidden, _, kept), (other, theirs) = case(torch.float64), other_case()
+    packed = pack_bits(kept) if with_kept else None
+    found = kl_in_chunks(head, hidden, other, theirs, VOCABULARY, 0.7, packed, reverse)
+    p, q = (
+        (x / 0.7).masked_fill(~kept & with_kept, -1e30).softmax(-1) for x in (head(hidden), other(theirs).detach())
+    )
+    if reverse:
+        p, q = q, p
+    expected = (p * ((p + 1e-300).log() - (q + 1e-300).log())).sum(-1)
+    slope = torch.randn(TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = (hidden, *head.parameters())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    for a, b in zip(*(torch.autograd.grad((slope * x).sum(), inputs) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_kl_can_be_differentiated_twice_through_recomputed_chunks(monkeypatch, reverse: bool):
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 8 * VOCABULARY)
+    (head, hidden, _, kept), (other, theirs) = case(torch.float64), other_case()
+
+    def kl(h: Tensor, weight: Tensor) -> Tensor:
+        return kl_in_chunks(lambda x: x @ weight.T, h, other, theirs, VOCABULARY, 0.8, pack_bits(kept), reverse)
+
+    inputs = (hidden, head.weight.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(kl, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(kl, inputs, fast_mode=True)
+
+
+def test_nothing_is_differentiated_through_the_other_policy_and_two_chunks_of_logits_are_alive(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 8 * VOCABULARY)
+    (head, hidden, _, _), (other, theirs) = case(torch.float64), other_case()
+    sizes: list[int] = []
+
+    def watched(h: Tensor) -> Tensor:
+        sizes.append(len(h))
+        return other(h)
+
+    kl_in_chunks(head, hidden, watched, theirs.requires_grad_(), VOCABULARY, 1.0).sum().backward()
+    assert theirs.grad is None and other.weight.grad is None and head.weight.grad is not None
+    assert max(sizes) == 4 and sum(sizes) == 2 * TOKENS
+    assert kl_in_chunks(head, hidden[:0], other, theirs[:0], VOCABULARY, 1.0).shape == (0,)
 
 
 @settings(max_examples=20, deadline=None)

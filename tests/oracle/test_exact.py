@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from hfpg.algorithms import A2C, CISPO, GRPO, GSPO, PPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus, ReMax
+from hfpg.algorithms import A2C, CISPO, GRPO, GSPO, PPO, RLOO, Reinforce, ReinforcePlusPlus, ReMax
 from hfpg.algorithms.reinforce import ReinforceState
 from hfpg.ops.returns import token_rewards
 from hfpg.types import Estimates

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from hfpg.algorithms import CISPO, DAPO, GRPO, GSPO, PPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus
+from hfpg.algorithms import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus
 from tests.oracle.world import World, cosine, error
 
 
