@@ -8,7 +8,6 @@ import torch
 
 from hfpg.algorithms import A2C, CISPO, GRPO, GSPO, PPO, RLOO, Reinforce, ReinforcePlusPlus, ReMax
 from hfpg.algorithms.reinforce import ReinforceState
-from hfpg.ops.returns import token_rewards
 from hfpg.types import Estimates
 from tests.oracle.world import PROMPTS, World, error
 
@@ -164,24 +163,17 @@ def test_the_other_aggregations_are_what_is_documented():
     assert torch.nn.functional.cosine_similarity(found["sequence_mean"], truth, dim=0) < 0.999
 
 
-def test_the_oracle_catches_eos_without_gradient():
-    """The classic bug: padding taken for EOS's sake out of the loss. It still learns; the oracle sees it."""
-    world = World()
-    rollout, algorithm = world.rollout(), Reinforce(baseline="none", kl_coef=0.0)
-    rewards = token_rewards(rollout.scores, rollout.completion_mask)
-    credit, _ = algorithm.estimate(rollout, rewards, algorithm.init())
-    ended = rollout.completion_mask & (rollout.completion_ids == 0)
-    broken = dataclasses.replace(credit, advantages=torch.where(ended, 0, credit.advantages))
-    world.actor.zero_grad()
-    world.learner.gradient(rollout, broken, algorithm.loss, "sequence_sum")
-    found = -world.flat([p.grad for p in world.parameters])
-    assert error(found, world.objective_gradient()) > 0.1
-
-
-def test_the_oracle_catches_logprobs_at_another_temperature():
-    world = World(temperature=0.7)
-    truth = world.objective_gradient()
-    rollout = world.rollout()
-    world.learner.args.temperature = 1.0
-    algorithm = Reinforce(baseline="none", kl_coef=0.0)
-    assert error(world.estimated_gradient(algorithm, rollout), truth) > 0.05
+def test_under_top_p_the_policy_is_what_was_sampled_from():
+    """Only some tokens can be drawn; the gradient is that of J under the renormalised policy, support held fixed."""
+    world = World(temperature=0.8)
+    kept, logp = world.kept(0.8)
+    possible = (logp > -torch.inf).all(1)
+    assert 0 < int((~possible).sum()) < len(possible)
+    p = torch.where(possible, logp.sum(1).exp(), 0)
+    assert float(p.sum().detach()) == pytest.approx(2, abs=1e-12)
+    total = (torch.where(possible[:, None], logp, 0).sum(1).exp() * possible * world.scores).sum() / 2
+    truth = world.flat(torch.autograd.grad(total, world.parameters, allow_unused=True))
+    world.samples = dataclasses.replace(world.samples, kept=kept).take(possible.nonzero()[:, 0])
+    world.scores = world.scores[possible]
+    rollout = world.rollout(weights=p.detach()[possible])
+    assert error(world.estimated_gradient(Reinforce(baseline="none", kl_coef=0.0), rollout), truth) < EXACT

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hfpg.algorithms import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO, Reinforce, ReinforcePlusPlus
+from hfpg.algorithms.reinforce import ReinforceState
 from tests.oracle.world import World, cosine, error
 
 
@@ -44,6 +45,14 @@ def test_leave_one_out_is_unbiased(kind, count, kl_coef):
             # it credits a token with the KL of the tokens before it, too: another estimator of the same gradient
             assert error(found, truth) < EXACT
         assert error(found, truth) < EXACT
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_running_mean_is_unbiased_because_it_serves_before_it_learns(count):
+    world = small()
+    algorithm, state = Reinforce(baseline="ema", ema_decay=0.5, kl_coef=0.0), ReinforceState(0.0)
+    found = world.tuples(algorithm, count, state=dataclasses.replace(state, return_total=0.4, return_weight=0.5))
+    assert error(found, world.objective_gradient()) < EXACT
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference
+from hfpg.ops.logprobs import pack_bits
 from hfpg.ops.masked import token_coefficients
 from hfpg.types import Estimates, Rollout, Samples
 from tests import build, tiny
@@ -103,6 +105,19 @@ class World:
         logits = self.actor.policy(input_ids=inputs, attention_mask=attention, position_ids=positions).logits
         logp = (logits[:, s.prompt_ids.shape[1] - 1 : -1] / self.temperature).log_softmax(-1)
         return logp.gather(2, s.completion_ids[..., None])[..., 0] * s.completion_mask
+
+    def kept(self, top_p: float) -> tuple[Tensor, Tensor]:
+        """Top-p by transformers' own warper: the support as packed bits, and log-probs on it [B, C], with gradient."""
+        s = self.samples
+        attention = torch.cat([s.prompt_mask, s.completion_mask], 1).long()
+        inputs = torch.cat([s.prompt_ids, s.completion_ids], 1)
+        places = (attention.cumsum(1) - 1).clamp(min=0)
+        logits = self.actor.policy(input_ids=inputs, attention_mask=attention, position_ids=places).logits
+        logits = logits[:, s.prompt_ids.shape[1] - 1 : -1] / self.temperature
+        support = TopPLogitsWarper(top_p)(None, logits.detach().flatten(0, 1)).view_as(logits) > -torch.inf
+        logp = logits.masked_fill(~support, -torch.inf).log_softmax(-1)
+        chosen = logp.gather(2, s.completion_ids[..., None])[..., 0]
+        return pack_bits(support), torch.where(s.completion_mask, chosen, 0)
 
     def probabilities(self) -> Tensor:
         """π(y|x) of every row, [B]; they sum to 1 per prompt."""
