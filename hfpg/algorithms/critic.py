@@ -16,6 +16,17 @@ from hfpg.ops.returns import gae
 from hfpg.types import Estimates, Rollout
 
 
+def values_of(rollout: Rollout, method: str) -> Float[Tensor, "B C"]:
+    """V(s_t) of every chosen token, [B, C]; ConfigError where nobody has scored any."""
+    require(
+        rollout.values is not None,
+        f"{method} takes V(s_t) from a value head, and the policy has none; build it with "
+        "ActorCritic(policy, value='shared'), as PolicyGradientTrainer does",
+    )
+    assert rollout.values is not None
+    return rollout.values
+
+
 def last_values(rollout: Rollout, truncation: str) -> Float[Tensor, " B"] | None:
     """V after the last chosen token of the completions that were cut, 0 after the others; None: 0 everywhere."""
     if truncation != "bootstrap":
@@ -61,13 +72,13 @@ class Critic(Method):
 
     def estimate(self, rollout: Rollout, rewards: Float[Tensor, "B C"], state: S) -> tuple[Estimates, S]:
         """Advantages by GAE(γ, λ) and returns A + V, from token rewards [B, C]. Whitening is over all rows."""
-        assert rollout.values is not None  # the trainer builds a value head because the method's `value` is set
-        mask, after = rollout.completion_mask, last_values(rollout, self.truncation)
-        advantages = gae(rewards, rollout.values, mask, self.gamma, self.lam, after)
+        values, mask = values_of(rollout, type(self).__name__), rollout.completion_mask
+        after = last_values(rollout, self.truncation)
+        advantages = gae(rewards, values, mask, self.gamma, self.lam, after)
         errors = advantages
         if self.value_lam not in (None, self.lam):
-            errors = gae(rewards, rollout.values, mask, self.gamma, self.value_lam, after)
-        returns = torch.where(mask, errors + rollout.values, 0)
+            errors = gae(rewards, values, mask, self.gamma, self.value_lam, after)
+        returns = torch.where(mask, errors + values, 0)
         if self.whiten_advantages:
             advantages = center_and_scale(advantages, mask, rollout.weights)
         return Estimates(self.corrected(advantages, rollout), returns), state

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hfpg.algorithms.critic import last_values
+from hfpg.algorithms.critic import last_values, values_of
 from hfpg.algorithms.method import Method, State
 from hfpg.config import field, require
 from hfpg.ops.baselines import RunningMean, leave_one_out, update_running_mean
@@ -98,8 +98,7 @@ class Reinforce(Method):
         if self.baseline == "ema":
             return torch.full_like(returns, running.mean)
         if self.baseline == "value":
-            assert rollout.values is not None  # the trainer builds a value head because `value` is set
-            return rollout.values
+            return values_of(rollout, "baseline='value'")
         if self.baseline in ("greedy", "input"):
             assert rollout.baseline_scores is not None  # the trainer gets it because `extra_baseline` is set
             return rollout.baseline_scores.nan_to_num(0.0)[:, None]  # a prompt that nobody could score has b = 0

@@ -16,6 +16,7 @@ from hfpg.algorithms import (
     PPO,
     PRESETS,
     RLOO,
+    TRPO,
     DrGRPO,
     Reinforce,
     ReinforcePlusPlus,
@@ -242,6 +243,15 @@ def test_what_cannot_go_together_is_refused_with_the_fix(make: Any, sentence: st
     with pytest.raises(ConfigError) as caught:
         make()
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [PPO(), A2C(), Reinforce(baseline="value"), TRPO(critic="separate")], ids=lambda a: type(a).__name__
+)
+def test_a_value_head_that_is_not_there_is_one_sentence(algorithm: Any):
+    rows = rollout(values=None)
+    with pytest.raises(ConfigError, match=r"the policy has none; build it with ActorCritic\(policy, value='shared'\)"):
+        algorithm.estimate(rows, token_rewards(rows.scores, rows.completion_mask), algorithm.init())
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,18 @@ def test_the_arguments_stay_as_they_are():
     gae(rewards, values, mask, 0.9, 0.9)
     token_rewards(rewards[:, 0], mask, values, 0.1)
     assert all(torch.equal(a, b) for a, b in zip((rewards, values, mask), kept, strict=True))
+
+
+def test_a_gap_takes_no_time_and_the_last_value_comes_after_the_last_token():
+    """A mask with a hole: the last chosen token is the last True, and values carry over the hole."""
+    mask = torch.tensor([[True, False, False, True, False]])
+    rewards = token_rewards(torch.tensor([2.0]), mask)
+    assert rewards.tolist() == [[0, 0, 0, 2, 0]]
+    values = torch.tensor([[0.5, 99.0, -99.0, 0.25, 99.0]])
+    close = gae(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.5, 0.25]]), torch.ones(1, 2, dtype=torch.bool), 0.9, 0.8)
+    found = gae(rewards, values, mask, 0.9, 0.8)
+    assert found[0, [0, 3]].tolist() == close[0].tolist() and not found[0, [1, 2, 4]].any()
+    longer = gae(rewards, values, mask, 1.0, 1.0, torch.tensor([3.0]))
+    assert longer[0, [0, 3]].tolist() == [2 + 3 - 0.5, 2 + 3 - 0.25]
+    assert not gae(rewards, values, torch.zeros_like(mask), 1.0, 1.0, torch.tensor([3.0])).any()
+    assert rewards_to_go(rewards, mask, 0.5, torch.tensor([4.0]))[0, [0, 3]].tolist() == [0.5 * (2 + 2), 2 + 2]
