@@ -248,6 +248,11 @@ class ActorCritic(nn.Module):
         changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % self.vocabulary
         before, after = lm(**inputs).logits[:, 2:-1], lm(**changed).logits[:, 2:-1]
         require(
+            not bool(before.isnan().any()),
+            f"{type(lm).__name__} gives NaN on a left-padded batch in {before.dtype}; load it in another dtype or "
+            "attn_implementation, or see whether its weights are whole",
+        )
+        require(
             bool((before - after).abs().max() <= PROBE_TOLERANCE * before.abs().max().clamp(min=1e-6)),
             f"{type(lm).__name__} is not causal: changing the last token moves the logits of earlier ones, so it "
             "cannot generate from left to right; use a decoder-only model such as 'gpt2' (BERT and BART classes need "

@@ -28,13 +28,14 @@ from hfpg.ops.trust_region import (
     signs,
     step_length,
 )
+from hfpg.pretrained import causal_lm
 from hfpg.types import Estimates, Rollout
 
 
 logger = logging.getLogger(__name__)
 
 Fisher = Literal["auto", "exact", "finite_difference"]
-_PROBED: weakref.WeakKeyDictionary[Learner, str] = weakref.WeakKeyDictionary()
+_TRIALS: weakref.WeakKeyDictionary[Learner, int] = weakref.WeakKeyDictionary()
 TRACE_PROBES = 2
 
 
@@ -42,7 +43,7 @@ class TrustRegion:
     """D(θ) = Σ_b w_b Σ_t KL(π_old(·|s_t) ‖ π_θ(·|s_t)) / Σ w around the policy as it is, nats per completion.
 
     The old policy is a copy that shares every frozen parameter with the policy: with LoRA it costs the adapter, in
-    full fine-tuning a second model.
+    full fine-tuning a second model. It is also what a failed search goes back to.
 
     Raises:
         ConfigError: parameters below single precision, whose rounding would eat the step.
@@ -57,9 +58,10 @@ class TrustRegion:
         require(
             not low, f"TRPO's steps are lost in the rounding of {sorted(low)} parameters; load the model in float32"
         )
-        self.start = [p.detach().clone() for p in self.parameters]
         shared = {id(p): p for p in self.actor.policy.parameters() if not p.requires_grad}
         self.old = ActorCritic(copy.deepcopy(self.actor.policy, shared)).requires_grad_(False)
+        copies = zip(self.actor.policy.parameters(), self.old.policy.parameters(), strict=True)
+        self.start = [old for p, old in copies if p.requires_grad]
         self.coefficients = token_coefficients(rollout.completion_mask, rollout.weights, "sequence_sum")
         self.batches = learner.shares(rollout)
 
@@ -107,32 +109,55 @@ class TrustRegion:
         token = self.loss(new, part, clip_columns(self.estimates.take(rows), width))
         return (c * new.kl).sum(), (c * torch.where(part.completion_mask, token.loss, 0)).sum()
 
+    def exact_part(self, rows: Tensor, v: Tensor) -> Tensor:
+        """These rows' part of F·v, by differentiating twice."""
+        grads = torch.autograd.grad(self.divergence(rows), self.parameters, create_graph=True, allow_unused=True)
+        pairs = zip(grads, self.split(v), strict=True)
+        along = torch.stack([(g * part).sum() for g, part in pairs if g is not None]).sum()
+        return self.flat(torch.autograd.grad(along, self.parameters, allow_unused=True))
+
+    def gradient_part(self, rows: Tensor) -> Tensor:
+        """These rows' part of ∇D where θ is now."""
+        return self.flat(torch.autograd.grad(self.divergence(rows), self.parameters, allow_unused=True))
+
     def exact_product(self, v: Tensor) -> Tensor:
         """F·v: the Hessian of D at θ_old, by differentiating twice."""
-
-        def of(rows: Tensor) -> Tensor:
-            grads = torch.autograd.grad(self.divergence(rows), self.parameters, create_graph=True, allow_unused=True)
-            pairs = zip(grads, self.split(v), strict=True)
-            along = torch.stack([(g * part).sum() for g, part in pairs if g is not None]).sum()
-            return self.flat(torch.autograd.grad(along, self.parameters, allow_unused=True))
-
-        return self.summed(of, v)
+        return self.summed(lambda rows: self.exact_part(rows, v), v)
 
     def difference_product(self, v: Tensor) -> Tensor:
         """F·v by a central difference of ∇D: one derivative is enough, so any attention kernel will do."""
+        return self.difference(lambda: self.summed(self.gradient_part, v), v)
+
+    def difference(self, gradient: Callable[[], Tensor], v: Tensor) -> Tensor:
+        """The central difference of `gradient()` along v, around θ_old."""
 
         def gradient_at(offset: Tensor) -> Tensor:
             self.move(offset)
+            return gradient()
 
-            def of(rows: Tensor) -> Tensor:
-                return self.flat(torch.autograd.grad(self.divergence(rows), self.parameters, allow_unused=True))
+        try:
+            # in fp32 a smaller step drowns in rounding, a larger one leaves the quadratic region
+            return finite_difference(gradient_at, v, 1e-4 if v.dtype == torch.float64 else 1e-2)
+        finally:
+            self.move(None)
 
-            return self.summed(of, v)
+    def trial(self, v: Tensor) -> int:
+        """Can this rank's first micro-batch be differentiated twice? 0: yes; 1: it comes out wrong; 2: it raises.
 
-        # in fp32 a smaller step drowns in rounding, a larger one leaves the quadratic region
-        found = finite_difference(gradient_at, v, 1e-4 if v.dtype == torch.float64 else 1e-2)
-        self.move(None)
-        return found
+        Wrong: not finite, or far from the finite difference, as by a kernel whose backward pass is no function that
+        autograd sees. There is no collective in here: a rank that raises would leave the others waiting.
+        """
+        for rows in self.batches[:1]:
+            try:
+                twice = self.exact_part(rows, v)
+            except RuntimeError as error:
+                logger.info("no Fisher products by differentiating twice: %s", str(error).splitlines()[0])
+                return 2
+            once = self.difference(lambda rows=rows: self.gradient_part(rows), v)  # type: ignore[misc]
+            if not (twice - once).norm() <= 0.1 * torch.maximum(twice.norm(), once.norm()):
+                logger.info("Fisher products by differentiating twice are not those by finite differences")
+                return 1
+        return 0
 
     @torch.no_grad()
     def at(self, offset: Tensor) -> tuple[float, float]:
@@ -143,23 +168,25 @@ class TrustRegion:
         return float(found[0]), float(found[1])
 
 
-def choose_fisher(region: TrustRegion, asked: Fisher) -> str:
-    """How products are made: as asked, or by one try: twice differentiated where the model's kernels allow it."""
-    if asked != "auto":
+def choose_fisher(region: TrustRegion, asked: Fisher, v: Tensor) -> Fisher:
+    """How products are made: as asked, or as one trial with v says, the same on every rank; one trial per learner.
+
+    Raises:
+        ConfigError: fisher="exact" of a model whose kernels have no second derivative.
+    """
+    if asked == "finite_difference":
         return asked
-    if region.learner not in _PROBED:
-        works = torch.ones((), device=region.coefficients.device)
-        rows, region.batches = region.batches, region.batches[:1]
-        try:
-            probe = torch.ones(sum(p.numel() for p in region.parameters), dtype=region.parameters[0].dtype)
-            works *= float(region.exact_product(probe.to(works.device)).isfinite().all())
-        except RuntimeError as error:
-            logger.info("Fisher products by finite differences: %s", str(error).splitlines()[0])
-            works *= 0
-        region.batches = rows
-        everywhere = bool(region.learner.accelerator.gather(works[None]).min() > 0)
-        _PROBED[region.learner] = "exact" if everywhere else "finite_difference"
-    return _PROBED[region.learner]
+    if region.learner not in _TRIALS:
+        found = torch.tensor([region.trial(v)], device=v.device)
+        _TRIALS[region.learner] = int(region.learner.accelerator.gather(found).max())
+    outcome = _TRIALS[region.learner]
+    require(
+        asked != "exact" or outcome < 2,
+        f"fisher='exact' differentiates twice, and the attention kernels of "
+        f"{type(causal_lm(region.actor.policy)).__name__} have no second derivative here; load it with "
+        "attn_implementation='eager', or use fisher='finite_difference'",
+    )
+    return "exact" if asked == "exact" or outcome == 0 else "finite_difference"
 
 
 def natural_step(
@@ -196,36 +223,48 @@ def natural_step(
     metrics |= dict(trust_region_kl=0.0, surrogate_gain=0.0, step_fraction=0.0, line_search_failures=0.0)
     if not 0 < norm < float("inf"):
         return metrics | {"skipped_steps": float(norm != 0)}
-    kind = choose_fisher(region, fisher)
+    kind = choose_fisher(region, fisher, g)
+    whole, residual = whole_step(region, g, kind, max_kl, damping, cg_iterations)
+    fraction, kl, gain = search(region, whole, max_kl, backtrack, backtrack_steps)
+    if fraction > 0:
+        learner.on_event("on_pre_optimizer_step")
+        region.move(fraction * whole)
+        learner.on_event("on_optimizer_step")
+        metrics |= dict(optimizer_steps=1.0, trust_region_kl=kl, surrogate_gain=gain, step_fraction=fraction)
+    metrics["line_search_failures"] = float(fraction == 0)
+    return metrics | dict(cg_residual=residual, fisher_exact=float(kind == "exact"))
+
+
+def whole_step(
+    region: TrustRegion, g: Tensor, kind: Fisher, max_kl: float, damping: float, cg_iterations: int
+) -> tuple[Tensor, float]:
+    """√(2δ / xᵀ(F + λI)x) · x, the same on every rank, and the residual of x."""
     product = region.exact_product if kind == "exact" else region.difference_product
-    probes = [signs(len(g), g, learner.args.seed, "trace", learner.turn, i) for i in range(TRACE_PROBES)]
+    seed, turn = region.learner.args.seed, region.learner.turn
+    probes = [signs(len(g), g, seed, "trace", turn, i) for i in range(TRACE_PROBES)]
     shift = damping * mean_eigenvalue(product, probes)
 
     def damped(v: Tensor) -> Tensor:
         return product(v) + shift * v
 
     x, residual = conjugate_gradient(damped, g, cg_iterations)
-    full = broadcast(step_length(x, damped(x), max_kl) * x)
-    before = region.at(torch.zeros_like(full))[1]
-    seen: dict[float, tuple[float, float]] = {}
+    return broadcast(step_length(x, damped(x), max_kl) * x), residual
+
+
+def search(
+    region: TrustRegion, whole: Tensor, max_kl: float, backtrack: float, backtrack_steps: int
+) -> tuple[float, float, float]:
+    """(share of the step to take, D there, gain there); zeros where none will do. θ ends where it began."""
+    seen: dict[float, tuple[float, float]] = {0.0: (0.0, 0.0)}
 
     def evaluate(fraction: float) -> tuple[float, float]:
-        kl, after = region.at(fraction * full)
+        kl, after = region.at(fraction * whole)
         seen[fraction] = kl, before - after
         return seen[fraction]
 
-    fraction = line_search(evaluate, max_kl, backtrack, backtrack_steps)
-    if fraction == 0:
+    try:
+        before = region.at(torch.zeros_like(whole))[1]
+        fraction = line_search(evaluate, max_kl, backtrack, backtrack_steps)
+    finally:  # whatever ends the search, an interrupt too
         region.move(None)
-    else:
-        learner.on_event("on_pre_optimizer_step")
-        region.move(fraction * full)
-        learner.on_event("on_optimizer_step")
-        metrics["trust_region_kl"], metrics["surrogate_gain"] = seen[fraction]
-    return metrics | {
-        "optimizer_steps": float(fraction > 0),
-        "step_fraction": fraction,
-        "line_search_failures": float(fraction == 0),
-        "cg_residual": residual,
-        "fisher_exact": float(kind == "exact"),
-    }
+    return fraction, *seen[fraction]

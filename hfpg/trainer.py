@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,25 @@ from transformers import TrainerCallback
 
 from hfpg import hub, preflight
 from hfpg.checkpoint import RunState, find_checkpoint, load_checkpoint, rotate, save_checkpoint, set_aside
+from hfpg.collector import Collector
 from hfpg.config import TrainConfig, require
-from hfpg.data import PromptData, decode_completions, order, plain_text, share
-from hfpg.distributed import gather_list, gather_rows, launch, raise_together
+from hfpg.data import PromptData, share
+from hfpg.distributed import gather_rows, launch, raise_together
 from hfpg.events import Events
 from hfpg.generation.hf import HFGenerator
 from hfpg.interrupt import saving_first
 from hfpg.learner import Learner, balance
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
-from hfpg.ops.baselines import equal_in_group
 from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.replay import Replay
 from hfpg.report.card import CardFacts, model_card
+from hfpg.report.clock import Clock
 from hfpg.report.completions import describe_evaluation, records, shown
 from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
 from hfpg.rewards import Judge
-from hfpg.rewards.judge import Log, merge_rounds, merge_said
-from hfpg.types import Prompts, Rollout, Samples, Scores, Text, join
+from hfpg.types import Prompts, Rollout, Samples, Scores
 
 
 logger = logging.getLogger(__name__)
@@ -112,7 +110,8 @@ class PolicyGradientTrainer:
         self.algorithm = algorithm
         self.algorithm_state = algorithm.init()
         self.learner = Learner(actor, self.accelerator, args, self.reference, on_event=self._event)
-        self.generator = generator or HFGenerator(
+        self.clock = Clock()
+        generator = generator or HFGenerator(
             self.processing_class,
             seed=args.seed,
             max_completion_length=args.max_completion_length,
@@ -124,7 +123,10 @@ class PolicyGradientTrainer:
             generation_kwargs=args.generation_kwargs,
             max_tokens=4 * args.max_tokens_per_micro_batch,
         )
-        preflight.check_generator(self.generator, algorithm)
+        preflight.check_generator(generator, algorithm)
+        self.collector = Collector(
+            self.learner, algorithm, generator, self.judge, self.processing_class, self.clock, lambda: self.state
+        )
         self.events = Events(
             args,
             callbacks,
@@ -139,10 +141,7 @@ class PolicyGradientTrainer:
         self.replay = Replay(getattr(algorithm, "replay", 0), self.terminal.say)
         self.evaluations: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
-        self._timer: dict[str, float] = {}
         self.seconds = 0.0  # spent in the loop
-        self._said: dict[str, dict[str, Any]] = {}  # what every rank's judge said beside the scores
-        self._taken = args.prompts_per_step  # prompts of the stream that the step in hand has used
         self._without_step = 0
         self._saved_step = -1
         self._updating = False
@@ -185,7 +184,7 @@ class PolicyGradientTrainer:
         """Credit and update: token rewards, advantages, optimizer steps. Changes the policy; one turn is done."""
         kl_coef = self.kl_coef
         together, seen = self._with_stored(rollout)
-        with self._timed("update"):
+        with self.clock.phase("update"):
             longest = self.args.max_completion_length
             used, rewards, state = self.algorithm.rewards(together, self.algorithm_state, longest)
             estimates, state = self.algorithm.estimate(used, rewards, state)
@@ -194,8 +193,7 @@ class PolicyGradientTrainer:
             metrics |= {"learning_rate": self.learner.learning_rate, "kl_coef": kl_coef} | seen
             self.learner.end_turn()
             self.state.global_step += 1
-            self.run.position += self._taken
-            self._taken = self.args.prompts_per_step
+            self.run.position += self.collector.taken
             self._updating = False
         if estimates.returns is not None:
             metrics["explained_variance"] = explained_variance(used, estimates)
@@ -213,7 +211,7 @@ class PolicyGradientTrainer:
 
     def _score_again(self, stored: Rollout) -> Rollout:
         """A stored rollout by the policy as it is now, on every rank."""
-        with self._timed("rescore"):
+        with self.clock.phase("rescore"):
             rows = balance(stored.lengths, self.accelerator.num_processes)[self.accelerator.process_index]
             return gather_rows(self.accelerator, self._scored(stored.take(rows)))
 
@@ -237,107 +235,22 @@ class PolicyGradientTrainer:
             )
 
     def collect(self) -> tuple[Samples, Scores]:
-        """This rank's samples of the next prompts, and what the judge says of them. The same again until `step`.
-
-        An algorithm with `resample_rounds` gets more prompts in place of those whose completions all score the same.
-        """
-        count, world = self.args.prompts_per_step, self.accelerator.num_processes
-        parts, said, missing, self._taken = [], [], count, 0
-        for number in range(1 + getattr(self.algorithm, "resample_rounds", 0)):
-            if missing > 0:
-                parts.append(self._draw(self._taken, max(missing, world), number))
-                said.append(self._said)
-                self._taken += max(missing, world)
-                missing = count - self._informative([scores for _, scores in parts], [samples for samples, _ in parts])
-        self._said = merge_rounds(said)
-        return join([samples for samples, _ in parts]), join([scores for _, scores in parts])
-
-    def _draw(self, offset: int, count: int, number: int) -> tuple[Samples, Scores]:
-        """Samples and scores of `count` prompts of the stream, `offset` after its position; round `number`."""
-        per_prompt = self.algorithm.num_generations
-        rows = order(self.run.position + offset, count, len(self.train_data), self.args.seed)
-        mine = share(count, self.accelerator.process_index, self.accelerator.num_processes)
-        # sample ids are unique in a run, whatever epochs were cut short
-        rounds = 1 + getattr(self.algorithm, "resample_rounds", 0)
-        first = (self.state.global_step * rounds + number) * self.args.prompts_per_step
-        ids = torch.arange((first + mine.start) * per_prompt, (first + mine.stop) * per_prompt)
-        prompts, samples = self.sample(self.train_data, [rows[i] for i in mine], ids, per_prompt)
-        preflight.check_behaviour(samples, self.algorithm)
-        scores = self.judge_samples(prompts, samples)
-        return samples, self._with_baseline(prompts, scores)
-
-    def _informative(self, scores: Sequence[Scores], samples: Sequence[Samples]) -> int:
-        """Prompts, over all ranks, whose completions do not all score the same."""
-        rows, groups = join(scores), join(samples).group_ids
-        uneven = groups[~equal_in_group(rows.scores, rows.weights, groups)]
-        return sum(gather_list(self.accelerator, [len(uneven.unique())]))
-
-    def _with_baseline(self, prompts: Prompts, scores: Scores) -> Scores:
-        """With the scores that the algorithm's baseline asks for: of greedy completions, or of the prompts."""
-        kind, per_prompt = getattr(self.algorithm, "extra_baseline", None), self.algorithm.num_generations
-        if kind is None:
-            return scores
-        one = prompts.take(torch.arange(0, len(prompts), per_prompt))
-        finished = lengths = None
-        if kind == "greedy":
-            with self._timed("sample"), self.accelerator.autocast():
-                samples = self.generator.greedy(self.learner.actor.policy, one)
-            finished, lengths = samples.finished, samples.completion_mask.sum(1)
-            judged = self._judge(one.texts, *self._decoded(one, samples), one.columns, Log())
-        else:
-            texts: list[Text] = [plain_text(text) for text in one.texts]
-            tokens = [row[keep].tolist() for row, keep in zip(one.ids, one.mask, strict=True)]
-            judged = self._judge([""] * len(one), texts, tokens, one.columns, Log())
-        found = torch.where(judged.weights > 0, judged.scores, torch.nan)
-
-        def spread(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.repeat_interleave(per_prompt)
-
-        return dataclasses.replace(
-            scores,
-            baseline_scores=spread(found),
-            baseline_finished=spread(finished),
-            baseline_lengths=spread(lengths),
-        )
+        """This rank's samples of the next prompts, and what the judge says of them. The same again until `step`."""
+        return self.collector.collect(self.train_data, self.run.position, self.state.global_step)
 
     def sample(
         self, data: PromptData, rows: Sequence[int], sample_ids: torch.Tensor, per_prompt: int = 1
     ) -> tuple[Prompts, Samples]:
         """Draw `per_prompt` completions of each of the given rows, by this rank."""
-        with self._timed("sample"), self.accelerator.autocast():
-            prompts = data.rows(rows, sample_ids, per_prompt, self.accelerator.device)
-            return prompts, self.generator(self.learner.actor.policy, prompts)
+        return self.collector.sample(data, rows, sample_ids, per_prompt)
 
     def judge_samples(self, prompts: Prompts, samples: Samples) -> Scores:
         """Scores of this rank's samples. An error on one rank is raised on all of them."""
-        log = Log()
-        scores = self._judge(prompts.texts, *self._decoded(prompts, samples), prompts.columns, log)
-        said = [(len(samples), scores.by_function, scores.extra, log.metrics)]
-        self._said = merge_said(gather_list(self.accelerator, said))
-        return scores
-
-    def _decoded(self, prompts: Prompts, samples: Samples) -> tuple[list[Text], list[list[int]]]:
-        ids, mask = samples.completion_ids.cpu(), samples.completion_mask.cpu()
-        completions = decode_completions(self.processing_class, ids, mask, prompts.texts)
-        return completions, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-
-    def _judge(
-        self, prompts: list[Text], completions: list[Text], tokens: list[list[int]], columns: dict[str, list], log: Log
-    ) -> Scores:
-        """What the reward functions say; an error on one rank is raised on all of them."""
-        with self._timed("judge"):
-            scores, error = None, None
-            try:
-                scores = self.judge(prompts, completions, tokens, columns, self.state, log)
-            except Exception as failure:  # told to every rank before it is raised
-                error = failure
-            raise_together(self.accelerator, error)
-            assert scores is not None  # or the error above was raised
-            return scores.to(self.accelerator.device)
+        return self.collector.judge_samples(prompts, samples)
 
     def rescore(self, samples: Samples, scores: Scores) -> Rollout:
         """The Rollout: old and reference log-probs, entropy and values by the forward that trains, on every rank."""
-        with self._timed("rescore"):
+        with self.clock.phase("rescore"):
             nothing = torch.zeros(samples.completion_ids.shape, device=samples.completion_ids.device)
             judged = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
             mine = Rollout(
@@ -363,11 +276,11 @@ class PolicyGradientTrainer:
         ids = -1 - torch.arange(mine.start, mine.stop)  # negative: never the key of a training sample
         prompts, samples = self.sample(data, list(mine), ids)
         rollout = self.rescore(samples, self.judge_samples(prompts, samples))
-        self._timer = {}
+        self.clock.read()
         self.events.fire("on_prediction_step")
         in_order = rollout.take(torch.argsort(rollout.sample_ids, descending=True))
         rows = shown(in_order, self.processing_class)
-        found = describe_evaluation(rollout, self._said["by_function"], rows) | self._said["metrics"]
+        found = describe_evaluation(rollout, self.collector.said["by_function"], rows) | self.collector.said["metrics"]
         metrics = {f"eval_{name}": value for name, value in found.items()}
         if dataset is None:
             self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": rows})
@@ -382,11 +295,11 @@ class PolicyGradientTrainer:
         step = self.state.global_step
         tokens = int(rollout.completion_mask.sum())
         self.state.num_input_tokens_seen += tokens
-        seconds = sum(self._timer.values())
+        times = self.clock.read()
+        seconds = sum(times.values())
         self.seconds += seconds
-        times = {f"seconds/{name}": value for name, value in self._timer.items()}
-        self._timer = {}
-        metrics.update(describe(rollout, self._said["by_function"]) | self._said["metrics"] | times)
+        metrics.update(describe(rollout, self.collector.said["by_function"]) | self.collector.said["metrics"])
+        metrics.update({f"seconds/{name}": value for name, value in times.items()})
         metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
         self.terminal.step(step, metrics)
@@ -395,7 +308,7 @@ class PolicyGradientTrainer:
             self.events.logged(metrics)
         if self.args.completions_steps and step % self.args.completions_steps == 0:
             rows, count = shown(rollout, self.processing_class), self.args.num_completions_to_print
-            self.recorder.completions(records(step, rows, self._said["extra"]))
+            self.recorder.completions(records(step, rows, self.collector.said["extra"]))
             if count:
                 self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
 
@@ -520,6 +433,15 @@ class PolicyGradientTrainer:
         return self.events.control
 
     @property
+    def generator(self) -> Any:
+        """What draws completions: `__call__(policy, prompts) -> Samples`."""
+        return self.collector.generator
+
+    @generator.setter
+    def generator(self, generator: Any) -> None:
+        self.collector.generator = generator
+
+    @property
     def epoch(self) -> float:
         """How often the stream of prompts has gone through the data set."""
         return self.run.position / len(self.train_data)
@@ -570,7 +492,7 @@ class PolicyGradientTrainer:
         self.events.begin_training(self.args.max_steps)
         if self.args.eval_on_start and self.eval_data is not None and self.state.global_step == 0:
             self.evaluate()
-        self._timer = {}
+        self.clock.read()
         self.terminal.start(self.state.global_step)
 
     def _settings(self) -> dict[str, Any]:
@@ -599,11 +521,3 @@ class PolicyGradientTrainer:
             where = self._write_checkpoint()
         again = "start from" if self._updating else "resume_from_checkpoint=True goes on from"
         self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved: {again} {where}")
-
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._timer[name] = self._timer.get(name, 0.0) + time.perf_counter() - start

@@ -135,7 +135,7 @@ def test_the_prompts_own_score(tmp_path):
     prompts, completions = seen[-1]
     assert prompts == [""] * 4 and completions == seen[-2][0]
     assert scores.baseline_scores.tolist() == [float(len(text)) for text in completions]
-    assert trainer._said["by_function"]["judge"] != [float(len(text)) for text in completions]
+    assert trainer.collector.said["by_function"]["judge"] != [float(len(text)) for text in completions]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_prompts_of_equal_scores_are_replaced_while_rounds_last(tmp_path):
     assert torch.equal(again.collect()[0].completion_ids, samples.completion_ids)  # the same again until `step`
     again.train()
     assert again.run.position > 16  # the stream has moved past all that were drawn
-    assert len(again._said["by_function"]["sometimes_equal"]) >= 16
+    assert len(again.collector.said["by_function"]["sometimes_equal"]) >= 16
 
 
 def test_when_every_score_is_equal_the_rounds_end_and_nothing_moves(tmp_path):
@@ -194,7 +194,7 @@ def test_when_every_score_is_equal_the_rounds_end_and_nothing_moves(tmp_path):
     before = parameters(trainer).clone()
     trainer.train()
     assert torch.equal(parameters(trainer), before)
-    assert len(trainer._said["by_function"]["<lambda>"]) == 3 * 16
+    assert len(trainer.collector.said["by_function"]["<lambda>"]) == 3 * 16
 
 
 def test_a_constant_reward_without_kl_leaves_the_parameters_bit_for_bit(tmp_path):

@@ -34,8 +34,8 @@ def check_kl(kl_coef: float, kl_target: float | None, kl_in: str = "reward", est
     )
     require(
         kl_in == "loss" or estimator == "k1",
-        f"kl_in='reward' with kl_estimator={estimator!r} hardly regularises: its gradient is not that of the KL (98 "
-        "to 104 % off in our enumeration); use kl_estimator='k1', or kl_in='loss'",
+        f"kl_in='reward' with kl_estimator={estimator!r} hardly regularises: its gradient is far "
+        "from that of the KL (docs/numerics.md); use kl_estimator='k1', or kl_in='loss'",
     )
 
 

@@ -160,6 +160,11 @@ class Method:
                 "kl_in='loss' with more than one optimizer step per rollout: the samples are the old policy's and "
                 "the KL term is not corrected for it; kl_in='reward' has no such bias"
             )
+        if self.kl_in == "loss" and self.kl_coef > 0 and self.off_policy != "none":
+            found.append(
+                "kl_in='loss' is an average over whatever completions are there: off-policy weights do not reach it; "
+                "kl_in='reward' is weighted like the rest"
+            )
         return found
 
     def init(self) -> Any:

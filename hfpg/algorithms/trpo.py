@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hfpg.algorithms.critic import last_values
+from hfpg.algorithms.critic import last_values, values_of
 from hfpg.algorithms.method import Method, S, State
 from hfpg.config import TrainConfig, field, require
 from hfpg.learner import Learner
@@ -79,6 +79,11 @@ class TRPO(Method):
             f"aggregation={self.aggregation!r}: TRPO sums over a completion, as its trust region does; use "
             "'sequence_sum'",
         )
+        require(
+            self.replay == 0,
+            f"replay={self.replay} brings in prefixes that the old policy did not reach, and the trust region is an "
+            "average over those that it did; use replay=0, or PPO",
+        )
         for name in ("max_kl", "damping"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0, such as 0.01")
         for name in ("cg_iterations", "backtrack_steps", "value_epochs"):
@@ -117,9 +122,9 @@ class TRPO(Method):
             others = leave_one_out(returns[:, 0], rollout.weights, rollout.group_ids)
             advantages = torch.where(mask, returns - others[:, None], 0)
             return Estimates(self.corrected(advantages, rollout)), state
-        assert rollout.values is not None  # the trainer builds a value head because `value` is set
-        advantages = gae(rewards, rollout.values, mask, self.gamma, self.lam, after)
-        returns = torch.where(mask, advantages + rollout.values, 0)
+        values = values_of(rollout, "critic='separate'")
+        advantages = gae(rewards, values, mask, self.gamma, self.lam, after)
+        returns = torch.where(mask, advantages + values, 0)
         return Estimates(self.corrected(advantages, rollout), returns), state
 
     def loss(self, new: Scored, rows: Rollout, credit: Estimates, state: State | None = None) -> TokenLoss:

@@ -265,6 +265,7 @@ def test_a_value_head_that_is_not_there_is_one_sentence(algorithm: Any):
         (GSPO(), True, None),
         (GRPO(epochs=2), True, "the KL term is not corrected for it"),
         (DrGRPO(epochs=2), True, None),
+        (GRPO(replay=1, off_policy="truncated"), True, "off-policy weights do not reach it"),
         (PPO(epochs=4), True, None),
     ],
 )

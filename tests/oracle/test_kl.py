@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfpg.algorithms import Reinforce
-from hfpg.ops.kl import k1
+from hfpg.ops.kl import k1, k2, k3
 from tests.oracle.world import World, error
 
 
@@ -107,3 +107,22 @@ def test_k1_and_k3_in_the_loss_miss_it(estimator, monkeypatch):
         algorithm = dataclasses.replace(allow_k1_in_the_loss(monkeypatch), kl_coef=BETA)
     reached, best = climb(algorithm)
     assert best - reached > 2e-3
+
+
+# k2 and k3 as rewards: relative error against ∇KL with the farther reference, by enumeration
+IN_REWARD = {"k2": 0.8345, "k3": 0.8583}
+
+
+@pytest.mark.parametrize("estimator", IN_REWARD)
+def test_other_estimators_in_the_reward_are_far_off(estimator):
+    """hfpg refuses them: only the score-function part of their gradient is left, which is third order in δ."""
+    world = World()
+    with torch.no_grad():
+        for parameter in world.reference.scorer.parameters():
+            parameter.mul_(1.3)
+    world.scores = torch.zeros_like(world.scores)
+    rollout, algorithm = world.rollout(), Reinforce(baseline="none", kl_coef=0.0)
+    delta = torch.where(rollout.completion_mask, rollout.old_logprobs - rollout.ref_logprobs, 0)
+    credit, state = algorithm.estimate(rollout, -{"k2": k2, "k3": k3}[estimator](delta), algorithm.init())
+    found = error(world.loss_gradient(algorithm, rollout, credit, state), world.objective_gradient(1.0))
+    assert found == pytest.approx(IN_REWARD[estimator], abs=1e-3)
