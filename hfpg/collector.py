@@ -54,35 +54,38 @@ class Collector:
 
         An algorithm with `resample_rounds` gets more prompts in place of those whose completions all score the same.
         """
-        count, world = self.args.prompts_per_step, self.accelerator.num_processes
-        parts, said, missing, self.taken = [], [], count, 0
+        samples: list[Samples] = []
+        scores: list[Scores] = []
+        said, missing, self.taken = [], self.args.prompts_per_step, 0
         for number in range(self.rounds):
             if missing > 0:
-                parts.append(self._draw(data, position + self.taken, max(missing, world), step * self.rounds + number))
+                drawn = self._draw(data, position + self.taken, missing, step * self.rounds + number)
+                samples.append(drawn[0])
+                scores.append(drawn[1])
                 said.append(self.said)
-                self.taken += max(missing, world)
+                self.taken += missing
                 if number + 1 < self.rounds:
-                    missing = count - self._informative(
-                        [scores for _, scores in parts], [samples for samples, _ in parts]
-                    )
+                    missing = self.args.prompts_per_step - self._informative(join(scores), join(samples).group_ids)
         self.said = merge_rounds(said)
-        return join([samples for samples, _ in parts]), join([scores for _, scores in parts])
+        return join(samples), join(scores)
 
     def _draw(self, data: PromptData, position: int, count: int, number: int) -> tuple[Samples, Scores]:
         """Samples and scores of `count` prompts of the stream; `number` counts the rounds of the run."""
         per_prompt = self.algorithm.num_generations
         rows = order(position, count, len(data), self.args.seed)
         mine = share(count, self.accelerator.process_index, self.accelerator.num_processes)
+        idle = len(mine) == 0  # fewer prompts than ranks: all of them have to take part, so this one draws in vain
+        mine = range(1) if idle else mine
         first = number * self.args.prompts_per_step  # sample ids are unique in a run, whatever epochs were cut short
         ids = torch.arange((first + mine.start) * per_prompt, (first + mine.stop) * per_prompt)
         prompts, samples = self.sample(data, [rows[i] for i in mine], ids, per_prompt)
         preflight.check_behaviour(samples, self.algorithm)
-        scores = self.judge_samples(prompts, samples)
-        return samples, self._with_baseline(prompts, scores)
+        scores = self._with_baseline(prompts, self.judge_samples(prompts, samples, heard=not idle))
+        kept = torch.arange(0 if idle else len(samples))
+        return samples.take(kept), scores.take(kept)
 
-    def _informative(self, scores: Sequence[Scores], samples: Sequence[Samples]) -> int:
+    def _informative(self, rows: Scores, groups: torch.Tensor) -> int:
         """Prompts, over all ranks, whose completions do not all score the same."""
-        rows, groups = join(scores), join(samples).group_ids
         uneven = groups[~equal_in_group(rows.scores, rows.weights, groups)]
         return sum(gather_list(self.accelerator, [len(uneven.unique())]))
 
@@ -122,12 +125,12 @@ class Collector:
             prompts = data.rows(rows, sample_ids, per_prompt, self.accelerator.device)
             return prompts, self.generator(self.learner.actor.policy, prompts)
 
-    def judge_samples(self, prompts: Prompts, samples: Samples) -> Scores:
-        """Scores of this rank's samples. An error on one rank is raised on all of them."""
+    def judge_samples(self, prompts: Prompts, samples: Samples, heard: bool = True) -> Scores:
+        """Scores of this rank's samples, kept in `said` if `heard`. An error on one rank is raised on all of them."""
         log = Log()
         scores = self._judge(prompts.texts, *self._decoded(prompts, samples), prompts.columns, log)
         said = [(len(samples), scores.by_function, scores.extra, log.metrics)]
-        self.said = merge_said(gather_list(self.accelerator, said))
+        self.said = merge_said(gather_list(self.accelerator, said if heard else []))
         return scores
 
     def _decoded(self, prompts: Prompts, samples: Samples) -> tuple[list[Text], list[list[int]]]:

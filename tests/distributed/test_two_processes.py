@@ -67,6 +67,19 @@ def test_the_same_parameters_after_ten_adamw_steps(results):
     assert gap[noise].max() < learning_rate
 
 
+OTHERS = ("trpo", "trpo-critic", "dapo", "remax", "replay", "bootstrap")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_do_the_same(results, name):
+    """Natural steps, prompts drawn again, greedy baselines, stored rollouts, running moments: tokens and metrics."""
+    one, two = (r["others"][name] for r in results)
+    assert one["position"] == two["position"]
+    assert all(torch.equal(a, b) for a, b in zip(one["tokens"], two["tokens"], strict=True))
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
 def test_the_same_evaluation(results):
     one, two = (r["evaluation"] for r in results)
     assert one.keys() == two.keys()

@@ -1,12 +1,46 @@
 """What each process of the two-process tests runs: `worker.py OUT`. Rank 0 writes OUT."""
 
 import sys
+from typing import Any
 
 import torch
 
-from hfpg.algorithms import PPO
+from hfpg.algorithms import DAPO, PPO, RLOO, TRPO, ReMax
 from hfpg.types import TokenLoss
 from tests import build, tiny
+
+
+def parity(prompts: list[str], completions: list[str]) -> list[float]:
+    """Half of the prompts score all their completions alike: dynamic sampling has something to do."""
+    return [float(sum(map(ord, p)) % 2) * len(c) / 20 for p, c in zip(prompts, completions, strict=True)]
+
+
+OTHERS = {
+    "trpo": TRPO(kl_coef=0.02, max_kl=0.05),
+    "trpo-critic": TRPO(kl_coef=0.02, max_kl=0.05, critic="separate", num_generations=1),
+    "dapo": DAPO(num_generations=2, resample_rounds=6, soft_overlong=0.0),
+    "remax": ReMax(kl_coef=0.02),
+    "replay": RLOO(kl_coef=0.02, replay=1, off_policy="truncated"),
+    "bootstrap": PPO(kl_coef=0.02, truncation="bootstrap", value_warmup=1, reward_normalization="running"),
+}
+
+
+def other(folder: str, algorithm: Any) -> dict[str, Any]:
+    """Tokens and metrics of three steps."""
+    settings = dict(prompts_per_step=6, max_steps=3, max_completion_length=8, learning_rate=1e-3)
+    model = tiny.model("lstm")
+    if isinstance(algorithm, TRPO):  # conjugate gradients blow fp32 rounding up to some per cent of a step
+        model = model.double()
+    trainer = build.trainer(
+        folder, model=model, algorithm=algorithm, reward=parity, overwrite_output_dir=True, **settings
+    )
+    tokens = []
+    plain = trainer.report
+    trainer.report = lambda rollout, metrics: (tokens.append(rollout.completion_ids), plain(rollout, metrics))
+    trainer.train()
+    kept = ("score", "loss", "grad_norm", "kl_to_ref", "trust_region_kl", "baseline_score", "effective_sample_size")
+    found = [{k: row[k] for k in kept if k in row} for row in trainer.state.log_history]
+    return {"tokens": tokens, "metrics": found, "position": trainer.run.position}
 
 
 def key_bias(name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -76,6 +110,7 @@ def main(out: str) -> None:
     result["evaluation"] = trainer.evaluate(tiny.rows(7))
     result["key_bias"] = torch.cat([key_bias(n, p) for n, p in trainer.learner.actor.named_parameters()])
     result["parameters"] = torch.cat([p.detach().flatten() for p in parameters])
+    result["others"] = {name: other(f"{out}.{name}", algorithm) for name, algorithm in OTHERS.items()}
     if trainer.accelerator.is_main_process:
         torch.save(result, out)
 
