@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from hfpg.distributed import gather_list, raise_together
 from hfpg.learner import Learner
 from hfpg.ops.baselines import equal_in_group
 from hfpg.report.clock import Clock
-from hfpg.rewards import Judge
-from hfpg.rewards.judge import Log, merge_rounds, merge_said
+from hfpg.rewards import Judge, RewardError
+from hfpg.rewards.judge import Heard, Log, merge_rounds, merge_said
 from hfpg.types import Prompts, Samples, Scores, Text, join
 
 
@@ -47,7 +48,7 @@ class Collector:
         self.accelerator, self.args = learner.accelerator, learner.args
         self.rounds = 1 + getattr(algorithm, "resample_rounds", 0)
         self.taken = self.args.prompts_per_step  # prompts of the stream that the step in hand has used
-        self.said: dict[str, dict[str, Any]] = {}  # what every rank's judge said beside the scores
+        self.said: dict[str, Any] = {}  # what every rank's judge said beside the scores
 
     def collect(self, data: PromptData, position: int, step: int) -> tuple[Samples, Scores]:
         """Samples and scores of the prompts at `position` of the stream; pure but for `taken` and `said`.
@@ -67,7 +68,17 @@ class Collector:
                 if number + 1 < self.rounds:
                     missing = self.args.prompts_per_step - self._informative(join(scores), join(samples).group_ids)
         self.said = merge_rounds(said)
+        self._check_dropped()
         return join(samples), join(scores)
+
+    def _check_dropped(self) -> None:
+        """End the run when failures have dropped too many completions; the trainer saves before it does."""
+        errors, rows = self.said["errors"], self.said["rows"]
+        if len(errors) > self.args.max_dropped * rows:
+            raise RewardError(
+                f"{len(errors)} of {rows} completions of this step were dropped, more than max_dropped="
+                f"{self.args.max_dropped} allows; the first: {errors[0]}"
+            )
 
     def _draw(self, data: PromptData, position: int, count: int, number: int) -> tuple[Samples, Scores]:
         """Samples and scores of `count` prompts of the stream; `number` counts the rounds of the run."""
@@ -78,11 +89,27 @@ class Collector:
         mine = range(1) if idle else mine
         first = number * self.args.prompts_per_step  # sample ids are unique in a run, whatever epochs were cut short
         ids = torch.arange((first + mine.start) * per_prompt, (first + mine.stop) * per_prompt)
-        prompts, samples = self.sample(data, [rows[i] for i in mine], ids, per_prompt)
-        preflight.check_behaviour(samples, self.algorithm)
-        scores = self._with_baseline(prompts, self.judge_samples(prompts, samples, heard=not idle))
+        prompts, samples, scores = self._act_and_judge(data, [rows[i] for i in mine], ids, heard=not idle)
         kept = torch.arange(0 if idle else len(samples))
-        return samples.take(kept), scores.take(kept)
+        return samples.take(kept), self._with_baseline(prompts, scores).take(kept)
+
+    def _act_and_judge(
+        self, data: PromptData, rows: Sequence[int], sample_ids: torch.Tensor, heard: bool
+    ) -> tuple[Prompts, Samples, Scores]:
+        """Sample and judge in `judge_chunks` parts of whole prompts: one is judged while the next is sampled."""
+        per_prompt = self.algorithm.num_generations
+        parts = torch.arange(len(rows)).tensor_split(min(self.args.judge_chunks, len(rows)))
+        drawn: list[tuple[Prompts, Samples]] = []
+        with ThreadPoolExecutor(1) as judge:
+            said = []
+            for part in parts:
+                ids = sample_ids.view(-1, per_prompt)[part].flatten()
+                drawn.append(self.sample(data, [rows[i] for i in part.tolist()], ids, per_prompt))
+                preflight.check_behaviour(drawn[-1][1], self.algorithm)
+                said.append(judge.submit(self._score, *drawn[-1]) if len(parts) > 1 else drawn[-1])
+            answers = [(lambda of=of: of.result() if isinstance(of, Future) else self._score(*of)) for of in said]
+            scores = self._settled(answers, heard)
+        return join([p for p, _ in drawn]), join([s for _, s in drawn]), scores
 
     def _informative(self, rows: Scores, groups: torch.Tensor) -> int:
         """Prompts, over all ranks, whose completions do not all score the same."""
@@ -100,11 +127,11 @@ class Collector:
             with self.clock.phase("sample"), self.accelerator.autocast():
                 samples = self.generator.greedy(self.learner.actor.policy, one)
             finished, lengths = samples.finished, samples.completion_mask.sum(1)
-            judged = self._judge(one.texts, *self._decoded(one, samples), one.columns, Log())
+            judged = self._unheard(one.texts, *self._decoded(one, samples), one.columns)
         else:
             texts: list[Text] = [plain_text(text) for text in one.texts]
             tokens = [row[keep].tolist() for row, keep in zip(one.ids, one.mask, strict=True)]
-            judged = self._judge([""] * len(one), texts, tokens, one.columns, Log())
+            judged = self._unheard([""] * len(one), texts, tokens, one.columns)
         found = torch.where(judged.weights > 0, judged.scores, torch.nan)
 
         def spread(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -117,6 +144,17 @@ class Collector:
             baseline_lengths=spread(lengths),
         )
 
+    def _unheard(
+        self, prompts: list[Text], completions: list[Text], tokens: list[list[int]], columns: dict[str, list]
+    ) -> Scores:
+        """Scores for a baseline: they enter no metric."""
+        said = self.said
+        found = self._settled(
+            [lambda: (self.judge(prompts, completions, tokens, columns, self.trainer_state()), Log())]
+        )
+        self.said = said
+        return found.to(self.accelerator.device)
+
     def sample(
         self, data: PromptData, rows: Sequence[int], sample_ids: torch.Tensor, per_prompt: int = 1
     ) -> tuple[Prompts, Samples]:
@@ -125,29 +163,35 @@ class Collector:
             prompts = data.rows(rows, sample_ids, per_prompt, self.accelerator.device)
             return prompts, self.generator(self.learner.actor.policy, prompts)
 
-    def judge_samples(self, prompts: Prompts, samples: Samples, heard: bool = True) -> Scores:
-        """Scores of this rank's samples, kept in `said` if `heard`. An error on one rank is raised on all of them."""
-        log = Log()
-        scores = self._judge(prompts.texts, *self._decoded(prompts, samples), prompts.columns, log)
-        said = [(len(samples), scores.by_function, scores.extra, log.metrics)]
+    def judge_samples(self, prompts: Prompts, samples: Samples) -> Scores:
+        """Scores of this rank's samples; what else the judge says is kept in `said`."""
+        return self._settled([lambda: self._score(prompts, samples)])
+
+    def _settled(self, answers: Sequence[Callable[[], tuple[Scores, Log]]], heard: bool = True) -> Scores:
+        """The answers' scores, in order. An error on one rank is raised on all of them; `said` holds every rank's."""
+        found, error = [], None
+        with self.clock.phase("judge"):
+            try:
+                found = [answer() for answer in answers]
+            except Exception as failure:  # told to every rank before it is raised
+                error = failure
+            raise_together(self.accelerator, error)
+        said = [Heard(len(s.scores), s.by_function, s.extra, log.metrics, log.errors) for s, log in found]
         self.said = merge_said(gather_list(self.accelerator, said if heard else []))
-        return scores
+        return join([scores for scores, _ in found])
+
+    def _score(self, prompts: Prompts, samples: Samples) -> tuple[Scores, Log]:
+        """What the reward functions say of this rank's samples. No collective in here: it may run in a thread."""
+        log, mask = Log(), samples.completion_mask
+        scores = self.judge(
+            prompts.texts, *self._decoded(prompts, samples), prompts.columns, self.trainer_state(), log
+        ).to(self.accelerator.device)
+        assert scores.token_scores is not None
+        flat = [row[:length] for row, length in zip(scores.token_scores, mask.sum(1).tolist(), strict=True)]
+        placed = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(flat))
+        return dataclasses.replace(scores, token_scores=placed), log
 
     def _decoded(self, prompts: Prompts, samples: Samples) -> tuple[list[Text], list[list[int]]]:
         ids, mask = samples.completion_ids.cpu(), samples.completion_mask.cpu()
         completions = decode_completions(self.tokenizer, ids, mask, prompts.texts)
         return completions, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-
-    def _judge(
-        self, prompts: list[Text], completions: list[Text], tokens: list[list[int]], columns: dict[str, list], log: Log
-    ) -> Scores:
-        """What the reward functions say; an error on one rank is raised on all of them."""
-        with self.clock.phase("judge"):
-            scores, error = None, None
-            try:
-                scores = self.judge(prompts, completions, tokens, columns, self.trainer_state(), log)
-            except Exception as failure:  # told to every rank before it is raised
-                error = failure
-            raise_together(self.accelerator, error)
-            assert scores is not None  # or the error above was raised
-            return scores.to(self.accelerator.device)

@@ -73,6 +73,16 @@ class TrainConfig:
         "raise", "Prompts longer than the context allows: raise, truncate (keep the end), or drop."
     )
     reward_weights: list[float] | None = field(None, "One weight per reward function. Default: 1 each.")
+    reward_on_error: Literal["raise", "drop"] = field(
+        "raise", "An exception, NaN, inf or wrong count in a reward function: end the run, or drop the completions."
+    )
+    max_dropped: float = field(0.5, "Share of a step's completions that may be dropped; more ends the run, saved.")
+    step_marker: str | None = field(
+        None, "Text that ends a step of a completion, for reward functions that score steps; such as a line break."
+    )
+    judge_chunks: int = field(
+        1, "Parts of a step's prompts: one is judged while the next is sampled. More than 1 is for slow judges."
+    )
 
     # optimisation
     learning_rate: float = field(1e-5, "Peak learning rate of the policy (AdamW).")
@@ -116,7 +126,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         check_choices(self)
-        for name in ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch"):
+        counts = ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch")
+        for name in (*counts, "judge_chunks"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(
             self.temperature > 0,
@@ -124,6 +135,10 @@ class TrainConfig:
         )
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1 (1: no cut)")
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (no cut) or more")
+        require(
+            0 <= self.max_dropped <= 1, f"max_dropped={self.max_dropped} must be a share between 0 and 1, such as 0.5"
+        )
+        require(self.step_marker != "", "step_marker='' marks nothing; use a text such as a line break")
         require(self.max_grad_norm > 0, f"max_grad_norm={self.max_grad_norm} must be above 0, such as 1.0")
         require(self.learning_rate >= 0, f"learning_rate={self.learning_rate} must not be negative")
         require(self.logging_steps >= 1, f"logging_steps={self.logging_steps} must be at least 1")

@@ -213,6 +213,17 @@ def read_chat_template(path: str) -> str:
         ) from None
 
 
+def step_ends(tokenizer: Any, marker: str, ids: list[int]) -> list[int]:
+    """The place of the last token of each step: the token that completes a marker, and the last token of all."""
+    found, seen = [], 0
+    for place in range(len(ids)):
+        count = tokenizer.decode(ids[: place + 1]).count(marker)
+        if count > seen:
+            found.append(place)
+        seen = max(seen, count)
+    return found if not ids or found[-1:] == [len(ids) - 1] else [*found, len(ids) - 1]
+
+
 def plain_text(prompt: Text) -> str:
     """A prompt as one text: itself, or the content of a conversation's last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

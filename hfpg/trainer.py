@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hfpg import hub, preflight
 from hfpg.checkpoint import RunState, find_checkpoint, load_checkpoint, rotate, save_checkpoint, set_aside
 from hfpg.collector import Collector
 from hfpg.config import TrainConfig, require
-from hfpg.data import PromptData, share
+from hfpg.data import PromptData, share, step_ends
 from hfpg.distributed import gather_rows, launch, raise_together
 from hfpg.events import Events
 from hfpg.generation.hf import HFGenerator
@@ -89,7 +90,15 @@ class PolicyGradientTrainer:
         preflight.check_data(self.train_data, args)
         self.eval_data = None if eval_dataset is None else self._data(eval_dataset, args, config)
         preflight.check_eval(self.eval_data, args, self.accelerator.num_processes)
-        self.judge = Judge(reward_funcs, args.reward_weights, reward_processing_classes, self.accelerator.device)
+        ends = None if args.step_marker is None else partial(step_ends, self.processing_class, args.step_marker)
+        self.judge = Judge(
+            reward_funcs,
+            args.reward_weights,
+            reward_processing_classes,
+            self.accelerator.device,
+            on_error=args.reward_on_error,
+            step_ends=ends,
+        )
         preflight.dry_call(self.judge, self.train_data, self.processing_class)
         if getattr(algorithm, "extra_baseline", None) == "input":
             preflight.check_input_baseline(self.judge, self.train_data)
@@ -300,6 +309,7 @@ class PolicyGradientTrainer:
         self.seconds += seconds
         metrics.update(describe(rollout, self.collector.said["by_function"]) | self.collector.said["metrics"])
         metrics.update({f"seconds/{name}": value for name, value in times.items()})
+        metrics["dropped"] = len(self.collector.said["errors"]) / max(self.collector.said["rows"], 1)
         metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
         self.terminal.step(step, metrics)

@@ -124,6 +124,9 @@ class Scores(Rows):
     baseline_scores: Float[Tensor, " B"] | None = None  # of the greedy completion, or of the prompt itself; NaN: none
     baseline_finished: Bool[Tensor, " B"] | None = None
     baseline_lengths: Int[Tensor, " B"] | None = None
+    token_scores: Float[Tensor, "B C"] | None = (
+        None  # the part of a score that belongs to a token; sums to it, or less
+    )
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Rollout(Rows):
     sampler_logprobs: Float[Tensor, "B C"] | None = None
     kept: UInt8[Tensor, "B C bytes"] | None = None
     behaviour_logprobs: Float[Tensor, "B C"] | None = None  # log μ, where it is corrected for
+    token_scores: Float[Tensor, "B C"] | None = None  # the part of a score that belongs to a token
     stored: Bool[Tensor, " B"] | None = None  # rows of an earlier step that are used again; absent: none is
     baseline_scores: Float[Tensor, " B"] | None = None  # of the greedy completion, or of the prompt itself; NaN: none
     baseline_finished: Bool[Tensor, " B"] | None = None

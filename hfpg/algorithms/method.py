@@ -202,16 +202,23 @@ class Method:
         log_ratio = None
         if rollout.ref_logprobs is not None and self.kl_in == "reward":
             log_ratio = rollout.old_logprobs - rollout.ref_logprobs
-        return rollout, token_rewards(rollout.scores, rollout.completion_mask, log_ratio, state.kl_coef), state
+        parts = rollout.token_scores
+        if parts is not None:  # in the unit of the scores; what shaping adds or takes goes to the last token
+            parts = parts / self._unit(by)
+        mask = rollout.completion_mask
+        return rollout, token_rewards(rollout.scores, mask, log_ratio, state.kl_coef, parts), state
+
+    def _unit(self, moments: RunningMoments) -> float:
+        """What a score is divided by."""
+        return {"none": 1.0, "running": moments.std, "fixed": self.reward_std}[self.reward_normalization]
 
     def _shape(
         self, scores: Tensor, finished: Tensor | None, lengths: Tensor | None, moments: RunningMoments, longest: int
     ) -> Float[Tensor, " B"]:
         """Normalised, clipped and penalised scores; no penalties where there is no completion (`finished` None)."""
-        if self.reward_normalization == "running":
-            scores = (scores - moments.mean) / moments.std
-        elif self.reward_normalization == "fixed":
-            scores = (scores - self.reward_mean) / self.reward_std
+        if self.reward_normalization != "none":
+            mean = moments.mean if self.reward_normalization == "running" else self.reward_mean
+            scores = (scores - mean) / self._unit(moments)
         if self.reward_clip is not None:
             scores = scores.clamp(-self.reward_clip, self.reward_clip)
         if finished is not None:

@@ -12,8 +12,12 @@ def token_rewards(
     mask: Bool[Tensor, "B C"],
     log_ratio_to_ref: Float[Tensor, "B C"] | None = None,
     kl_coef: float = 0.0,
+    token_scores: Float[Tensor, "B C"] | None = None,
 ) -> Float[Tensor, "B C"]:
     """r_t = 1[t is the last chosen token] · score − β · (log π(y_t) − log π_ref(y_t)).
+
+    With `token_scores` s_t the score is paid out at the tokens that earned it: r_t = s_t, and the last chosen token
+    gets what is left, score − Σ s_t. A row's rewards sum to its score either way.
 
     The score sits on the last chosen token: the stop token, or the last token of a completion that was cut. A row
     without any chosen token earns nothing. k1 in the reward is the placement whose expected gradient is that of the
@@ -21,6 +25,9 @@ def token_rewards(
     """
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     rewards = torch.where(last, scores[:, None], 0)
+    if token_scores is not None:
+        parts = torch.where(mask, token_scores, 0)
+        rewards = parts + torch.where(last, rewards - parts.sum(1, keepdim=True), 0)
     if log_ratio_to_ref is not None:
         rewards = rewards - kl_coef * torch.where(mask, log_ratio_to_ref, 0)
     return rewards

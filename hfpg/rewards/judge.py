@@ -3,6 +3,7 @@
 A reward function is called with keywords, `f(prompts=, completions=, completion_ids=, **dataset_columns)` plus
 `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`; one without `**kwargs` gets only the names
 that it declares. It returns one float per completion, or None for "cannot judge". TRL reward functions work unchanged.
+In place of a float there may be a list of them: one per token of the completion, or one per step (`step_marker`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -99,6 +100,7 @@ class Log:
     """What reward functions say beside the score, during one call of the judge."""
 
     count: int | None = None  # completions that are judged
+    errors: list[str] = field(default_factory=list)  # one for every completion that a failure has dropped
     extra: dict[str, list] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
@@ -121,6 +123,10 @@ class Judge:
 
     The score of a completion is Σ w_f s_f over the functions that did not abstain from it; a completion that every
     function abstained from has score 0 and row weight 0, so it enters no mean and no gradient.
+
+    A failed score is never a number: with `on_error="raise"` an exception, NaN, inf or a wrong count ends the run;
+    with "drop" the completions concerned get row weight 0 and are counted. `step_ends(completion_ids)`: the place of
+    the last token of each step, for functions that score steps.
     """
 
     def __init__(
@@ -129,7 +135,10 @@ class Judge:
         weights: Sequence[float] | None = None,
         tokenizers: Any = None,
         device: torch.device | str = "cpu",
+        on_error: Literal["raise", "drop"] = "raise",
+        step_ends: Callable[[list[int]], list[int]] | None = None,
     ):
+        self.on_error, self.step_ends = on_error, step_ends
         specs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         require(len(specs) > 0, "reward_funcs is empty; give at least one function")
         own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(specs)
@@ -179,7 +188,10 @@ class Judge:
                     f"{sorted(given)} (the data set's columns are {sorted(columns)})"
                 ) from None
         try:
-            self(prompts, completions, completion_ids, columns)
+            log = Log()
+            self(prompts, completions, completion_ids, columns, log=log)
+            if log.errors:  # what is dropped in a run is refused before it
+                raise RewardError(log.errors[0])
         except RewardError as error:
             raise ConfigError(f"{error} (in a dry call on {len(prompts)} rows, before training)") from error
 
@@ -202,57 +214,104 @@ class Judge:
         everything = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         everything.update(trainer_state=trainer_state, log_extra=log.log_extra, log_metric=log.log_metric)
         outputs = _run_all(self.functions, everything)
-        table = {
-            f.name: checked(f.name, output, completions) for f, output in zip(self.functions, outputs, strict=True)
-        }
         scores, weights = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-        for values, weight in zip(table.values(), self.weights, strict=True):
-            for i, value in enumerate(values):
-                if value is not None and weight != 0:  # weight 0 watches: it neither scores nor vouches for a row
-                    scores[i] += weight * value
-                    weights[i] = 1.0
-        return Scores(scores=scores, weights=weights, by_function=table, extra=log.extra)
+        per_token = torch.zeros(len(prompts), max(map(len, completion_ids), default=0))
+        failed: dict[int, str] = {}
+        table: dict[str, list[float | None]] = {}
+        for function, output, weight in zip(self.functions, outputs, self.weights, strict=True):
+            said = self._read(function.name, output, completions, completion_ids)
+            table[function.name] = [s if isinstance(s, float) else None for s in said.sums]
+            for i, value in enumerate(said.sums):
+                if weight == 0 or value is None:  # weight 0 watches: it neither scores nor vouches for a row
+                    continue
+                if isinstance(value, str):
+                    failed.setdefault(i, value)
+                    continue
+                scores[i] += weight * value
+                weights[i] = 1.0
+                for place, part in said.parts[i]:
+                    per_token[i, place] += weight * part
+        for i in failed:
+            scores[i] = weights[i] = per_token[i] = 0.0
+        log.errors.extend(failed.values())
+        return Scores(scores=scores, weights=weights, by_function=table, extra=log.extra, token_scores=per_token)
+
+    def _read(self, name: str, output: Any, completions: list[Text], completion_ids: list[list[int]]) -> Said:
+        """One function's output, checked; with on_error="drop" a failure stands as text in place of a score."""
+        try:
+            if isinstance(output, Exception):
+                raise output
+            said = read(name, output, completions, completion_ids, self.step_ends)
+        except RewardError as error:
+            if self.on_error == "raise":
+                raise
+            return Said([str(error)] * len(completions), [[]] * len(completions))
+        wrong = [text for text in said.sums if isinstance(text, str)]
+        if wrong and self.on_error == "raise":
+            raise RewardError(wrong[0])
+        return said
 
 
-def merge_said(parts: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """What the ranks' judges said, in rank order, from (rows, by_function, extra, metrics) of each.
+class Heard(NamedTuple):
+    """What one rank's judge said in one call beside the scores."""
 
-    `by_function` and `extra` have one value per row (None where a rank was silent), `metrics` the mean of all calls.
+    rows: int
+    by_function: dict[str, list[float | None]]
+    extra: dict[str, list]
+    metrics: dict[str, list[float]]
+    errors: list[str]
+
+
+def merge_said(parts: Sequence[Heard]) -> dict[str, Any]:
+    """What the judge said in several calls or on several ranks, in order.
+
+    `by_function` and `extra` have one value per row (None where a call was silent), `metrics` the mean of all calls;
+    `errors` one text for each of the completions that failures dropped, out of `rows`.
     """
 
     def columns(which: int) -> dict[str, list]:
         names = dict.fromkeys(name for part in parts for name in part[which])
-        return {n: [v for part in parts for v in part[which].get(n, [None] * part[0])] for n in names}
+        return {n: [v for part in parts for v in part[which].get(n, [None] * part.rows)] for n in names}
 
-    names = dict.fromkeys(name for part in parts for name in part[3])
-    logged = {n: [v for part in parts for v in part[3].get(n, [])] for n in names}
+    names = dict.fromkeys(name for part in parts for name in part.metrics)
+    logged = {n: [v for part in parts for v in part.metrics.get(n, [])] for n in names}
     means = {n: sum(values) / len(values) for n, values in logged.items()}
-    return {"by_function": columns(1), "extra": columns(2), "metrics": means}
+    errors = [text for part in parts for text in part.errors]
+    rows = sum(part.rows for part in parts)
+    return {"by_function": columns(1), "extra": columns(2), "metrics": means, "errors": errors, "rows": rows}
 
 
-def merge_rounds(rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def merge_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `merge_said` gave in several rounds of one step, as one."""
-    if len(rounds) == 1:
-        return rounds[0]
-
-    def rows(said: dict[str, dict[str, Any]]) -> int:
-        return len(next(iter(said["by_function"].values())))
-
-    parts = [(rows(s), s["by_function"], s["extra"], {n: [v] for n, v in s["metrics"].items()}) for s in rounds]
-    return merge_said(parts)
+    names = ("by_function", "extra", "metrics", "errors")
+    return merge_said(
+        [
+            Heard(
+                said["rows"],
+                *(said[n] for n in names[:2]),
+                {n: [v] for n, v in said["metrics"].items()},
+                said["errors"],
+            )
+            for said in rounds
+        ]
+    )
 
 
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
-    """Every function's result, in order; the async ones run concurrently."""
+    """Every function's result, or the RewardError that it ended in, in order; the async ones run concurrently."""
 
     def named(function: RewardFunction, error: Exception) -> RewardError:
-        return RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {error}")
+        if isinstance(error, RewardError):
+            return error  # it says already what is wrong
+        made = RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {error}")
+        made.__cause__ = error
+        return made
 
     async def one(function: RewardFunction) -> Any:
         try:
             return await function.call(**function.arguments(everything))
         except Exception as error:
-            raise named(function, error) from error
+            return named(function, error)
 
     async def concurrently(waiting: Sequence[RewardFunction]) -> list[Any]:
         return await asyncio.gather(*map(one, waiting))
@@ -266,10 +325,8 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
             if not function.is_async:
                 try:
                     results[function.name] = function.call(**function.arguments(everything))
-                except RewardError:
-                    raise  # it says already what is wrong
                 except Exception as error:
-                    raise named(function, error) from error
+                    results[function.name] = named(function, error)
         if future is not None:
             results.update(zip((f.name for f in slow), future.result(), strict=True))
     return [results[f.name] for f in functions]
@@ -290,8 +347,28 @@ def _is_score(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) <= LARGEST_SCORE
 
 
-def checked(name: str, output: Any, completions: Sequence[Text]) -> list[float | None]:
-    """The scores as floats, or RewardError: function, sample, what was seen."""
+class Said(NamedTuple):
+    """What one function said: a sum per completion (None: abstained; a text: why it is no score), and its parts.
+
+    Parts are (place of the token, score), of the completions that were scored token by token or step by step.
+    """
+
+    sums: list[float | None | str]
+    parts: list[list[tuple[int, float]]]
+
+
+def read(
+    name: str,
+    output: Any,
+    completions: Sequence[Text],
+    completion_ids: Sequence[Sequence[int]],
+    step_ends: Callable[[list[int]], list[int]] | None = None,
+) -> Said:
+    """The scores of one function's output.
+
+    Raises:
+        RewardError: no list, or not one entry per completion. What is wrong with a single entry stands in its place.
+    """
     if isinstance(output, torch.Tensor) or hasattr(output, "tolist"):
         output = output.tolist()
     if not isinstance(output, list | tuple):
@@ -304,16 +381,44 @@ def checked(name: str, output: Any, completions: Sequence[Text]) -> list[float |
             f"reward function {name!r} returned {len(output)} scores for {len(completions)} completions; it must "
             "return one per completion (None: cannot judge)"
         )
-    scores: list[float | None] = []
+    said = Said([], [])
     for i, value in enumerate(output):
-        try:
-            number = value.item() if hasattr(value, "item") else value
-        except (RuntimeError, ValueError):  # several numbers
-            number = value
-        if number is not None and not _is_score(number):
-            raise RewardError(
-                f"reward function {name!r} returned {number!r} for sample {i} ({str(completions[i])[:80]!r}); a score "
-                "is a finite number, or None for 'cannot judge'"
-            )
-        scores.append(None if number is None else float(number))
-    return scores
+        where = f"for sample {i} ({str(completions[i])[:80]!r})"
+        total, parts = _one(name, value, where, list(completion_ids[i]), step_ends)
+        said.sums.append(total)
+        said.parts.append(parts)
+    return said
+
+
+def _one(
+    name: str, value: Any, where: str, tokens: list[int], step_ends: Callable[[list[int]], list[int]] | None
+) -> tuple[float | None | str, list[tuple[int, float]]]:
+    """The sum and the parts of one entry, or what is wrong with it."""
+    try:
+        single = getattr(value, "size", None) == 1 or getattr(value, "numel", int)() == 1
+        plain = value.item() if single else value.tolist() if hasattr(value, "tolist") else value
+    except (RuntimeError, ValueError):  # a tensor that cannot be read
+        plain = value
+    if plain is None:
+        return None, []
+    if not isinstance(plain, list | tuple):
+        if _is_score(plain):
+            return float(plain), []
+        return (
+            f"reward function {name!r} returned {plain!r} {where}; a score is a finite number, or None for "
+            "'cannot judge'",
+            [],
+        )
+    wrong = [part for part in plain if not _is_score(part)]
+    if wrong:
+        return f"reward function {name!r} returned a list with {wrong[0]!r} {where}; each entry is a finite number", []
+    places = list(range(len(tokens)))
+    if len(plain) != len(tokens) and step_ends is not None:
+        places = step_ends(tokens)
+    if len(plain) != len(places):
+        steps = "" if step_ends is None else f" and {len(places)} steps"
+        return (
+            f"reward function {name!r} returned {len(plain)} scores {where}, which has {len(tokens)} tokens{steps}; "
+            "give one per completion, one per token, or with step_marker one per step"
+        ), []
+    return float(sum(plain)), [(place, float(part)) for place, part in zip(places, plain, strict=True)]

@@ -14,7 +14,7 @@ import torch
 
 from hfpg.config import ConfigError
 from hfpg.rewards import Judge, RewardError
-from hfpg.rewards.judge import Log, merge_said
+from hfpg.rewards.judge import Heard, Log, merge_rounds, merge_said
 from hfpg.types import Scores
 
 
@@ -213,7 +213,6 @@ def test_numbers_of_every_kind_are_taken(result: Any):
         (math.inf, "inf"),
         (-math.inf, "-inf"),
         ("0.5", "'0.5'"),
-        ([1.0], "[1.0]"),
         (np.float32("nan"), "nan"),
         (1j, "1j"),
     ],
@@ -226,7 +225,7 @@ def test_what_is_no_score_is_named_with_function_and_sample(bad: Any, seen: str)
     assert message.endswith("a score is a finite number, or None for 'cannot judge'")
 
 
-@pytest.mark.parametrize("bad", [torch.ones(2), np.ones(2), 10**400], ids=["tensor", "array", "huge"])
+@pytest.mark.parametrize("bad", [torch.ones(3), np.ones(3), [1.0], 10**400], ids=["tensor", "array", "list", "huge"])
 def test_a_score_that_is_no_single_float_is_named_too(bad: Any):
     assert refusal(returning([0.0, bad, 0.0])).startswith("reward function 'given' returned ")
 
@@ -417,8 +416,14 @@ def test_an_async_function_is_called_dry_too():
 
 def test_what_several_ranks_said_is_merged_with_none_where_one_was_silent():
     said = merge_said(
-        [(2, {"f": [1.0, None]}, {"why": ["a", "b"]}, {"m": [0.0]}), (1, {"f": [3.0]}, {}, {"m": [1.0, 2.0]})]
+        [
+            Heard(2, {"f": [1.0, None]}, {"why": ["a", "b"]}, {"m": [0.0]}, ["broken"]),
+            Heard(1, {"f": [3.0]}, {}, {"m": [1.0, 2.0]}, []),
+        ]
     )
+    assert said["errors"] == ["broken"] and said["rows"] == 3
+    assert merge_rounds([said, said])["by_function"] == {"f": [1.0, None, 3.0] * 2}
+    assert merge_rounds([said, said])["rows"] == 6
     assert said["by_function"] == {"f": [1.0, None, 3.0]}
     assert said["extra"] == {"why": ["a", "b", None]} and said["metrics"] == {"m": 1.0}
 
