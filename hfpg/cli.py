@@ -1,6 +1,7 @@
 """The command `hfpg`: train with any algorithm by name, and say what an algorithm is.
 
 hfpg train --algorithm rloo --model gpt2 --reward judge.py:score --dataset prompts.jsonl
+hfpg reward check judge.py:score --dataset prompts.jsonl     what a judge's scores are like, before training
 hfpg algorithms            the table: name, formula, whether its gradient is unbiased
 hfpg algorithms dapo       one row: paper, formula, bias, every knob with its default
 """
@@ -15,14 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from hfpg import embedded
 from hfpg.algorithms import PRESETS
 from hfpg.config import TrainConfig, field, nearest, one_sentence, parse, read_yaml, require
-from hfpg.data import load_prompts
+from hfpg.data import PromptData, decode_completions, load_prompts
+from hfpg.generation.hf import HFGenerator
+from hfpg.preflight import context_length, dry_call
+from hfpg.pretrained import load_policy
+from hfpg.rewards import Judge
+from hfpg.rewards.check import Findings, examine
 from hfpg.rewards.judge import import_function
 from hfpg.trainer import PolicyGradientTrainer
 
@@ -110,7 +118,75 @@ def algorithms(argv: Sequence[str]) -> None:
         console.print(table)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "algorithms": algorithms}
+@dataclass
+class Check:
+    """What `hfpg reward check` looks at: the judge's scores of completions that a model draws."""
+
+    reward: list[str] = field([], "The judge: 'file.py:name', 'package.module:name' or a classifier; one or more.")
+    model: str = field(embedded.MODEL, "Causal LM that writes the completions. Default: the tiny GPT-2 of hfpg.")
+    dataset: str | None = field(None, "Hub id or .json/.jsonl/.csv file with a prompt column. Default: film prompts.")
+    prompt_column: str = field("prompt", "Column that holds the prompt; the others reach the judge.")
+    prompts: int = field(16, "Prompts that are sampled.")
+    num_generations: int = field(4, "Completions of each.")
+    max_completion_length: int = field(48, "Longest completion, in tokens.")
+    seed: int = field(42, "Of the samples.")
+
+
+def reward(argv: Sequence[str]) -> None:
+    """Print what a judge's scores are like, and what is likely to spoil a run."""
+    words = list(argv)
+    require(words[:1] == ["check"], "use `hfpg reward check FILE.py:name --dataset …`")
+    named = [w for w in words[1:2] if not w.startswith("--")]
+    (settings,) = parse((Check,), [*(["--reward", *named] if named else []), *words[1 + len(named) :]], reward.__doc__)
+    require(bool(settings.reward), "name a judge, as in `hfpg reward check judge.py:score`")
+    judge = Judge(settings.reward)
+    policy = load_policy(settings.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    source: Any = [{"prompt": text} for text in embedded.prompts("train")]
+    if settings.dataset is not None:
+        source = load_prompts(settings.dataset, 1)[0]
+    data = PromptData(
+        source,
+        tokenizer,
+        prompt_column=settings.prompt_column,
+        max_completion_length=settings.max_completion_length,
+        context=context_length(policy.config),
+        overlong="truncate",
+    )
+    dry_call(judge, data, tokenizer)
+    rows, k = range(min(settings.prompts, len(data))), settings.num_generations
+    drawn = data.rows(rows, torch.arange(len(rows) * k), k, "cpu")
+    generator = HFGenerator(tokenizer, seed=settings.seed, max_completion_length=settings.max_completion_length)
+    samples = generator(policy, drawn)
+    ids = [row[keep].tolist() for row, keep in zip(samples.completion_ids, samples.completion_mask, strict=True)]
+    texts = decode_completions(tokenizer, samples.completion_ids, samples.completion_mask, drawn.texts)
+    found = examine(judge, drawn.texts, texts, ids, drawn.columns, drawn.group_ids)
+    _show(found, judge.names, len(ids))
+
+
+def _show(found: Findings, names: list[str], count: int) -> None:
+    console = Console()
+    table = Table("of the scores", "", title=f"{', '.join(names)} on {count} completions")
+    tied = "–" if found.tied_groups is None else f"{found.tied_groups:.0%}"
+    rows = {
+        "range": f"{found.lowest:+.3f} … {found.highest:+.3f}",
+        "mean ± std": f"{found.mean:+.3f} ± {found.std:.3f}",
+        "not scored": f"{found.unscored:.0%}",
+        "prompts with all completions tied": tied,
+        "correlation with length": f"{found.with_length:+.2f}",
+        "correlation with repetition": f"{found.with_repetition:+.2f}",
+        "the same when asked twice": "yes" if found.deterministic else "no",
+        "completions a second": f"{found.per_second:.0f}",
+    }
+    rows |= {f"earns: {n}": "cannot be scored" if v is None else f"{v:+.3f}" for n, v in found.tricks.items()}
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for text in found.warnings() or ["nothing suspicious"]:
+        console.print(f"• {text}", highlight=False)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "algorithms": algorithms, "reward": reward}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,6 +34,7 @@ from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
 from hfpg.rewards import Judge
+from hfpg.rewards.check import look
 from hfpg.types import Prompts, Rollout, Samples, Scores
 
 
@@ -153,6 +154,7 @@ class PolicyGradientTrainer:
         self.seconds = 0.0  # spent in the loop
         self._without_step = 0
         self._saved_step = -1
+        self._unseen = True  # nobody has looked at a score yet
         self._updating = False
 
     def _data(self, dataset: Any, args: TrainConfig, config: Any) -> PromptData:
@@ -312,6 +314,9 @@ class PolicyGradientTrainer:
         metrics["dropped"] = len(self.collector.said["errors"]) / max(self.collector.said["rows"], 1)
         metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
+        if self._unseen:
+            self._unseen = False
+            self._say_what_is_suspicious(rollout)
         self.terminal.step(step, metrics)
         if self.control.should_log:
             self.recorder.metrics(step, metrics)
@@ -321,6 +326,13 @@ class PolicyGradientTrainer:
             self.recorder.completions(records(step, rows, self.collector.said["extra"]))
             if count:
                 self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
+
+    def _say_what_is_suspicious(self, rollout: Rollout) -> None:
+        """What the first step's scores already tell about the judge; see `hfpg reward check`."""
+        texts: list[Any] = [completion for _, completion, _ in shown(rollout, self.processing_class)]
+        lengths = rollout.completion_mask.sum(1)
+        for text in look(rollout.scores, rollout.weights, lengths, texts, rollout.group_ids).warnings():
+            self.terminal.say(f"note on the reward: {text}")
 
     def evaluate_if_due(self) -> None:
         """Evaluate when a callback or `eval_steps` asks for it."""

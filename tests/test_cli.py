@@ -33,7 +33,7 @@ def test_every_algorithm_has_a_page_in_the_docs():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["tran"], "unknown command 'tran'; did you mean 'train'?; use train or algorithms"),
+        (["tran"], "unknown command 'tran'; did you mean 'train'?; use train or algorithms or reward"),
         (["train", "--algorithm", "rlo"], "algorithm='rlo' is unknown; did you mean 'rloo'?"),
         (["train", "--algorithm", "missing.py:Mine"], "algorithm 'missing.py:Mine': there is no file missing.py"),
         (["train", "--algorithm", "rloo", "--epochs", "2"], "unknown flag '--epochs'"),

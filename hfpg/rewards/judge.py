@@ -269,32 +269,27 @@ def merge_said(parts: Sequence[Heard]) -> dict[str, Any]:
     `errors` one text for each of the completions that failures dropped, out of `rows`.
     """
 
-    def columns(which: int) -> dict[str, list]:
-        names = dict.fromkeys(name for part in parts for name in part[which])
-        return {n: [v for part in parts for v in part[which].get(n, [None] * part.rows)] for n in names}
+    def columns(name: str) -> dict[str, list]:
+        tables = [getattr(part, name) for part in parts]
+        silent = [[None] * part.rows for part in parts]
+        names = dict.fromkeys(n for table in tables for n in table)
+        return {n: [v for t, none in zip(tables, silent, strict=True) for v in t.get(n, none)] for n in names}
 
     names = dict.fromkeys(name for part in parts for name in part.metrics)
     logged = {n: [v for part in parts for v in part.metrics.get(n, [])] for n in names}
     means = {n: sum(values) / len(values) for n, values in logged.items()}
     errors = [text for part in parts for text in part.errors]
     rows = sum(part.rows for part in parts)
-    return {"by_function": columns(1), "extra": columns(2), "metrics": means, "errors": errors, "rows": rows}
+    return dict(by_function=columns("by_function"), extra=columns("extra"), metrics=means, errors=errors, rows=rows)
 
 
 def merge_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `merge_said` gave in several rounds of one step, as one."""
-    names = ("by_function", "extra", "metrics", "errors")
-    return merge_said(
-        [
-            Heard(
-                said["rows"],
-                *(said[n] for n in names[:2]),
-                {n: [v] for n, v in said["metrics"].items()},
-                said["errors"],
-            )
-            for said in rounds
-        ]
-    )
+    parts = []
+    for said in rounds:
+        logged = {name: [value] for name, value in said["metrics"].items()}
+        parts.append(Heard(said["rows"], said["by_function"], said["extra"], logged, said["errors"]))
+    return merge_said(parts)
 
 
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
