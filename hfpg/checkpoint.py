@@ -32,7 +32,17 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 MAY_CHANGE = {  # every other setting changes what is trained
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "max_steps", "use_cpu"),
     *("torch_threads", "max_tokens_per_micro_batch", "logging_steps", "completions_steps", "num_completions_to_print"),
-    *("eval_steps", "eval_on_start", "report_to", "disable_tqdm", "save_steps", "save_total_limit", "push_to_hub"),
+    *(
+        "keep_best_by",
+        "stop_overoptimized",
+        "eval_steps",
+        "eval_on_start",
+        "report_to",
+        "disable_tqdm",
+        "save_steps",
+        "save_total_limit",
+        "push_to_hub",
+    ),
     *("hub_model_id", "hub_private_repo", "model_revision", "trust_remote_code"),
 }
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -48,6 +58,7 @@ class RunState:
 
     position: int = 0  # prompts taken from the endless stream
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
+    watch: dict[str, Any] = dataclasses.field(default_factory=dict)  # what evaluations have shown; see report/watch.py
 
 
 def save_checkpoint(

@@ -109,6 +109,12 @@ class TrainConfig:
     num_completions_to_print: int = field(4, "Completions shown each time.")
     eval_steps: int = field(0, "Evaluate on eval_dataset every so many steps; 0: only when asked.")
     eval_on_start: bool = field(False, "Evaluate before the first step.")
+    keep_best_by: str | None = field(
+        None, "Metric of evaluations; the best model by it is kept in output_dir/best. Such as eval_scores/judge_b."
+    )
+    stop_overoptimized: int = field(
+        0, "End after so many evaluations in a row in which eval_score rose and keep_best_by fell; 0: only say so."
+    )
     report_to: list[str] = field(["none"], "Accelerate trackers: tensorboard, wandb, trackio, … or none.")
     disable_tqdm: bool = field(False, "Plain lines instead of the live view.")
 
@@ -150,7 +156,12 @@ class TrainConfig:
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and below 1")
         rate = self.value_learning_rate
         require(rate is None or rate >= 0, f"value_learning_rate={rate} must not be negative")
-        for name in ("eval_steps", "save_steps", "completions_steps", "warmup_steps"):
+        require(
+            self.stop_overoptimized == 0 or self.keep_best_by is not None,
+            f"stop_overoptimized={self.stop_overoptimized} compares eval_score with another metric; name it with "
+            "keep_best_by, such as 'eval_scores/judge_b'",
+        )
+        for name in ("eval_steps", "save_steps", "completions_steps", "warmup_steps", "stop_overoptimized"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
         require(
             self.save_total_limit is None or self.save_total_limit >= 1,

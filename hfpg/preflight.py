@@ -23,7 +23,7 @@ from hfpg.rewards import Judge, RewardError
 from hfpg.types import Samples
 
 
-OURS = ("run.json", "metrics.jsonl", "completions.jsonl", "final", "interrupted")  # beside the checkpoints
+OURS = ("run.json", "metrics.jsonl", "completions.jsonl", "final", "interrupted", "best")  # beside the checkpoints
 
 
 def check_namespace(algorithm: Any) -> None:
@@ -62,7 +62,7 @@ def check_data(data: PromptData, args: TrainConfig) -> None:
 
 def check_eval(data: PromptData | None, args: TrainConfig, processes: int) -> None:
     """Evaluations that are asked for need prompts; every process evaluates at least one."""
-    asked = [name for name in ("eval_steps", "eval_on_start") if getattr(args, name)]
+    asked = [name for name in ("eval_steps", "eval_on_start", "keep_best_by") if getattr(args, name)]
     require(data is not None or not asked, f"{' and '.join(asked)} need held-out prompts; give an eval_dataset")
     require(
         data is None or len(data) >= processes,

@@ -33,6 +33,7 @@ from hfpg.report.completions import describe_evaluation, records, shown
 from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
+from hfpg.report.watch import Watch, seen
 from hfpg.rewards import Judge
 from hfpg.rewards.check import look
 from hfpg.types import Prompts, Rollout, Samples, Scores
@@ -297,7 +298,26 @@ class PolicyGradientTrainer:
             self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": rows})
         self.recorder.metrics(self.state.global_step, metrics)
         self.events.evaluated(metrics)
+        if dataset is None and self.args.keep_best_by is not None:
+            self._keep_best(metrics, self.args.keep_best_by)
         return metrics
+
+    def _keep_best(self, metrics: dict[str, float], name: str) -> None:
+        """Keep the model that is best by a metric which training does not see, and say when the two part."""
+        known = [key for key in metrics if key.startswith("eval_")]
+        require(name in metrics, f"keep_best_by={name!r} is no metric of an evaluation; there are {known}")
+        watch, best = seen(Watch(**self.run.watch), self.state.global_step, metrics["eval_score"], metrics[name])
+        self.run.watch = dataclasses.asdict(watch)
+        if best:
+            self.save_model(self.output_dir / "best")
+        if watch.falling:
+            self.terminal.say(
+                f"eval_score rose to {metrics['eval_score']:+.3f} and {name} fell to {metrics[name]:+.3f}: the policy "
+                f"is learning the judge's weaknesses. The best by {name} ({watch.best:+.3f}, step {watch.best_step}) "
+                f"is in {self.output_dir / 'best'}; a larger kl_coef holds it nearer to the reference"
+            )
+        if 0 < self.args.stop_overoptimized <= watch.falling:
+            self.control.should_training_stop = True
 
     # ── watching ───────────────────────────────────────────────────────────────────────────────────────────────────
 
