@@ -204,8 +204,8 @@ def natural_step(
 ) -> dict[str, float]:
     """One step that lowers `loss` with D ≤ max_kl, or none; a search that fails leaves θ as it was, bit for bit.
 
-    x solves (F + λI) x = g with λ = damping · tr(F)/D, and the step is √(2δ / xᵀ(F + λI)x) · x, shortened until D ≤ δ
-    and the loss is lower.
+    x solves (F + λI) x = g with λ = damping · tr(F) / dim θ, and the step is √(2δ / xᵀ(F + λI)x) · x, shortened until
+    D ≤ δ and the loss is lower.
 
     trust_region_kl         D of the step taken, nats per completion
     surrogate_gain          how far the loss fell

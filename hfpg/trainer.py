@@ -559,6 +559,7 @@ class PolicyGradientTrainer:
         if self._updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
             where = self.output_dir / "interrupted"
             save_actor_critic(self.learner.actor, where)
+            self.processing_class.save_pretrained(where)
         else:
             where = self._write_checkpoint()
         again = "start from" if self._updating else "resume_from_checkpoint=True goes on from"

@@ -17,6 +17,8 @@ from transformers import (
 
 from hfpg.config import ConfigError
 from hfpg.models import ActorCritic, Reference, load_actor_critic, save_actor_critic
+from hfpg.ops.logprobs import pack_bits
+from hfpg.ops.masked import extent
 from hfpg.pretrained import load_policy
 from tests import build, tiny
 
@@ -39,6 +41,14 @@ def test_a_bidirectional_model_is_refused_by_name():
     with pytest.raises(ConfigError, match="BertLMHeadModel is not causal: changing the last token moves"):
         ActorCritic(load_policy(BertLMHeadModel(config)))
     assert ActorCritic(BertLMHeadModel(BertConfig(**(config.to_dict() | {"is_decoder": True})))) is not None
+
+
+def test_a_model_that_gives_nan_is_not_called_bidirectional():
+    """Gemma 2 computes its softmax in float32: the mask's −1.8e308 is −inf there, a padded row all −inf, and NaN."""
+    with pytest.raises(
+        ConfigError, match="Gemma2ForCausalLM gives NaN on a left-padded batch in torch.float64; load it in another"
+    ):
+        ActorCritic(tiny.model("gemma2").double())
 
 
 def test_encoder_decoders_are_refused_by_name(tmp_path):
@@ -146,6 +156,147 @@ def test_both_ways_to_the_logits_agree_in_value_and_gradient(kind, monkeypatch):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# ── what is read: gaps, and the state after the last token
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_the_last_value_is_that_of_one_more_token(kind, value):
+    """V after the last chosen token = V(s_t) of a token that came next; without any token, V of the prompt."""
+    actor = ActorCritic(tiny.model(kind), value)
+    actor.value.linear.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    given = inputs(build.draw(actor))
+    rows, columns = torch.arange(12), torch.arange(10)
+    given["completion_mask"] = given["completion_mask"] & (columns < rows[:, None])  # row 0: nothing was chosen
+    end = extent(given["completion_mask"])
+    assert len(set(end.tolist())) > 5 and actor(**given).last_values is None
+    longer = {n: torch.nn.functional.pad(x, (0, 1)) if n.startswith("completion") else x for n, x in given.items()}
+    longer["completion_ids"][rows, end] = 5
+    longer["completion_mask"][rows, end] = True
+    found = actor(**given, with_last_values=True).last_values
+    torch.testing.assert_close(found, actor(**longer).values[rows, end], rtol=1e-4, atol=1e-5)
+    assert len(found.unique()) == len(found)
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_a_gap_is_read_but_not_chosen(kind):
+    """A token outside the mask with chosen ones after it, such as a tool's answer, was in the sequence."""
+    actor = ActorCritic(tiny.model(kind), "shared")
+    actor.value.linear.weight.data.normal_()
+    given = inputs(build.draw(actor, stop_token_ids=[]))
+    mask = given["completion_mask"].clone()
+    mask[:, 2:4], mask[::2, 7:] = False, False
+    whole = actor(**given, with_entropy=True)
+    gaps = actor(**(given | {"completion_mask": mask}), with_entropy=True)
+    for name in ("logprobs", "entropy", "values"):
+        expected = torch.where(mask, getattr(whole, name), 0)
+        torch.testing.assert_close(getattr(gaps, name), expected, rtol=1e-4, atol=1e-5)
+    other = given["completion_ids"].clone()
+    other[:, 2] = (other[:, 2] + 1) % tiny.VOCABULARY
+    moved = actor(**(given | {"completion_mask": mask, "completion_ids": other})).logprobs - gaps.logprobs
+    assert (moved[:, :2] == 0).all() and (moved[:, 4:7] != 0).any(1).all()
+
+
+# ── the exact KL
+
+
+def precise(kind):
+    """float64, and tolerances; Gemma 2 has its softmax in float32, which makes NaN of a padded row in float64."""
+    return (
+        (tiny.model(kind), dict(rtol=1e-3, atol=2e-4))
+        if kind == "gemma2"
+        else (tiny.model(kind).double(), dict(rtol=1e-8, atol=1e-10))
+    )
+
+
+def all_logits(actor, given):
+    """[B, C, V] of given completions by the definition: one plain forward, positions over real tokens."""
+    mask = torch.cat([given["prompt_mask"], given["completion_mask"]], 1).long()
+    ids = torch.cat([given["prompt_ids"], given["completion_ids"]], 1)
+    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if actor.takes_positions else {}
+    logits = actor.policy(input_ids=ids, attention_mask=mask, **positions).logits
+    return logits[:, given["prompt_ids"].shape[1] - 1 : -1]
+
+
+def plain_kl(actor, other, given, temperature, kept, reverse):
+    """Σ_v p (log p − log q), written out."""
+    with torch.no_grad():
+        theirs = all_logits(other, given) / temperature
+    ours = all_logits(actor, given) / temperature
+    p, q = (x.masked_fill(~kept, -1e30).log_softmax(-1) for x in ((theirs, ours) if reverse else (ours, theirs)))
+    return (p.exp() * (p - q)).sum(-1) * given["completion_mask"]
+
+
+def moved(actor, size=0.02):
+    """The same actor with other weights."""
+    other = copy.deepcopy(actor)
+    with torch.no_grad():
+        for i, parameter in enumerate(other.parameters()):
+            parameter.add_(size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    return other
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("elements", [1 << 22, 6 * tiny.VOCABULARY])
+def test_the_kl_is_exact_in_value_and_gradient(kind, reverse, elements, monkeypatch):
+    """Chunked head and the model's own forward (Gemma 2), whole and recomputed, under temperature and top-k."""
+    monkeypatch.setattr("hfpg.ops.logprobs.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("hfpg.models.CHUNK_ELEMENTS", elements)
+    model, close = precise(kind)
+    actor = ActorCritic(model)
+    other = moved(actor)
+    given = inputs(build.draw(actor))
+    shape = (*given["completion_ids"].shape, tiny.VOCABULARY)
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    kept.scatter_(2, given["completion_ids"][..., None], True)
+    settings = dict(temperature=0.8, kept=pack_bits(kept), reverse=reverse)
+    found = actor(**given, **settings, reference=other)
+    expected = plain_kl(actor, other, given, 0.8, kept, reverse)
+    assert expected.sum() > 1e-3
+    torch.testing.assert_close(found.kl, expected, **close)
+    torch.testing.assert_close(found.logprobs, actor(**given, temperature=0.8, kept=settings["kept"]).logprobs)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.dtype)
+    parameters = list(actor.policy.parameters())
+    ours, theirs = (torch.autograd.grad((slope * x).sum(), parameters) for x in (found.kl, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **close)
+    assert all(p.grad is None for p in other.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "lstm"])
+@pytest.mark.parametrize("elements", [1 << 22, 6 * tiny.VOCABULARY])
+def test_the_kl_to_the_reference_that_is_the_policy_without_its_adapter(kind, elements, monkeypatch):
+    """Only the reference's own passes have the adapter off: not the policy's, nor its recomputation in backward."""
+    monkeypatch.setattr("hfpg.ops.logprobs.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("hfpg.models.CHUNK_ELEMENTS", elements)
+    modules = {"gpt2": ["c_attn"], "gemma2": ["q_proj", "v_proj"], "lstm": ["lm_head"]}[kind]
+    base, close = precise(kind)
+    plain = ActorCritic(copy.deepcopy(base))
+    lora = LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM")
+    actor = ActorCritic(load_policy(base, peft_config=lora))
+    reference = Reference(actor)
+    assert reference.adapter_off
+    with torch.no_grad():
+        for name, parameter in actor.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    actor.policy.to(next(base.parameters()).dtype)
+    given = inputs(build.draw(plain))
+    before = actor(**given).logprobs.detach()
+    trained = [p for p in actor.parameters() if p.requires_grad]
+    for reverse in (False, True):
+        found, expected = (actor(**given, reference=r, reverse=reverse).kl for r in (reference, plain))
+        assert expected.sum() > 1e-3
+        torch.testing.assert_close(found, expected, **close)
+        gradients = [torch.autograd.grad((x**2).sum(), trained) for x in (found, expected)]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, **close)
+        assert any(g.any() for g in gradients[0])
+    assert torch.equal(actor(**given).logprobs, before)
+    assert [p for p in actor.parameters() if p.requires_grad] == trained
 
 
 # ── the reference

@@ -3,6 +3,10 @@
 import copy
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from hfpg import ConfigError
 from hfpg.algorithms import TRPO
 from hfpg.models import ActorCritic, Reference
-from hfpg.natural import _PROBED, TrustRegion, choose_fisher, natural_step
+from hfpg.natural import TrustRegion, choose_fisher, natural_step
 from tests import build, tiny
 from tests.oracle.world import World, error
 
@@ -33,6 +37,7 @@ def eager(world: World) -> World:
     return world
 
 
+ROOT = Path(__file__).parents[1]
 # TRPO with leave-one-out compares rows of one group; on enumerated rows any credit will do
 ALGORITHM = TRPO(kl_coef=0.0)
 
@@ -111,14 +116,86 @@ def test_the_step_does_not_depend_on_the_micro_batches():
     assert error(steps[0], steps[1]) < 1e-6 and steps[1].norm() > 0
 
 
-def test_one_try_chooses_how_products_are_made():
+def test_one_trial_chooses_how_products_are_made():
     """SDPA kernels have no second derivative on the CPU; eager attention and the LSTM have."""
     for world, expected in [(World(), "finite_difference"), (eager(World()), "exact"), (World(kind="lstm"), "exact")]:
         if expected == "finite_difference":
             world.actor.policy.set_attn_implementation("sdpa")
+        before = flat(world)
+        region, v = TrustRegion(world.learner, *credited(world, ALGORITHM)), torch.ones(len(before)).double()
+        assert choose_fisher(region, "auto", v) == expected and torch.equal(flat(world), before)
+        assert choose_fisher(region, "finite_difference", v) == "finite_difference"
+        if expected == "exact":
+            assert choose_fisher(region, "exact", v) == "exact"
+            continue
+        with pytest.raises(
+            ConfigError, match="GPT2LMHeadModel have no second derivative here; load it with attn_impl"
+        ):
+            choose_fisher(region, "exact", v)
+
+
+class Silent(torch.autograd.Function):
+    """x ↦ x³, whose backward pass hides from autograd that its slope depends on x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3 * ctx.saved_tensors[0].detach() ** 2
+
+
+def test_a_kernel_whose_second_derivative_is_wrong_is_found_out(monkeypatch):
+    world = eager(World())
+    region = TrustRegion(world.learner, *credited(world, ALGORITHM))
+    divergence, head = TrustRegion.divergence, world.actor.policy.transformer.ln_f.weight
+    silent = lambda self, rows: divergence(self, rows) + Silent.apply(head).sum()  # noqa: E731
+    monkeypatch.setattr(TrustRegion, "divergence", silent)
+    assert choose_fisher(region, "auto", torch.ones(len(flat(world))).double()) == "finite_difference"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "lstm"])
+def test_products_through_recomputed_chunks_are_the_same(kind, monkeypatch):
+    found = []
+    for elements in (1 << 22, 8):
+        monkeypatch.setattr("hfpg.ops.logprobs.CHUNK_ELEMENTS", elements)
+        world = eager(World(kind=kind)) if kind == "gpt2" else World(kind=kind)
         region = TrustRegion(world.learner, *credited(world, ALGORITHM))
-        assert choose_fisher(region, "auto") == expected == _PROBED[world.learner]
-        assert choose_fisher(region, "exact") == "exact"
+        found.append(region.exact_product(torch.ones(len(flat(world))).double()))
+    assert error(found[1], found[0]) < 1e-12
+
+
+@pytest.mark.parametrize("fisher", ["exact", "finite_difference"])
+def test_the_whole_step_ends_on_the_border_where_the_divergence_is_quadratic(fisher):
+    """½ sᵀ(F + λI)s = δ, so D of the whole step is δ for a δ so small that no higher order counts."""
+    world = eager(World())
+    settings = dict(max_kl=1e-8, damping=1e-3, cg_iterations=20, fisher=fisher)
+    metrics = natural_step(world.learner, *credited(world, ALGORITHM), **settings)
+    assert metrics["trust_region_kl"] / metrics["step_fraction"] ** 2 == pytest.approx(1e-8, rel=0.02)
+    assert metrics["fisher_exact"] == (fisher == "exact")
+
+
+def test_an_interrupt_leaves_everything_bit_for_bit(monkeypatch):
+    passes, stop, scored = [], [0], TrustRegion._scored
+
+    def interrupted(self, rows):
+        passes.append(1)
+        if len(passes) == stop[0]:
+            raise KeyboardInterrupt
+        return scored(self, rows)
+
+    monkeypatch.setattr(TrustRegion, "_scored", interrupted)
+    settings = dict(max_kl=1e-3, cg_iterations=2, fisher="finite_difference")
+    natural_step(World().learner, *credited(World(), ALGORITHM), **settings)
+    for stop[0] in (len(passes), len(passes) // 2):  # in the line search; in a finite difference
+        world = World()
+        before = flat(world).clone()
+        passes.clear()
+        with pytest.raises(KeyboardInterrupt):
+            natural_step(world.learner, *credited(world, ALGORITHM), **settings)
+        assert torch.equal(flat(world), before)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
@@ -148,3 +225,57 @@ def test_low_precision_is_refused():
         ConfigError, match=r"lost in the rounding of \['torch.bfloat16'\] parameters; load the model in"
     ):
         natural_step(learner, rollout, credit, ALGORITHM.loss, max_kl=0.01)
+
+
+WORKER = """
+import sys, torch
+from accelerate import Accelerator
+from tests import build, tiny
+from hfpg import TrainConfig
+from hfpg.algorithms import TRPO
+from hfpg.learner import Learner
+from hfpg.models import ActorCritic
+from hfpg.types import Estimates
+
+torch.set_num_threads(1)
+model = tiny.model("gpt2").double()
+model.set_attn_implementation("eager")
+actor = ActorCritic(model)
+accelerator = Accelerator(cpu=True)
+found = {"world": accelerator.num_processes}
+learner = Learner(actor, accelerator, TrainConfig(max_tokens_per_micro_batch=40))
+samples = build.draw(actor, count=13)
+rollout, credit = build.rollout_of(samples, learner)
+credit = Estimates(credit.advantages.double())
+one = torch.tensor([3])
+for name, rows in [("lonely", one), ("auto", torch.arange(13)), ("finite_difference", torch.arange(13))]:
+    fisher = "finite_difference" if name == "finite_difference" else "auto"
+    algorithm = TRPO(fisher=fisher, max_kl=1e-3, kl_coef=0.0)
+    start = torch.cat([p.detach().flatten() for p in actor.parameters()])
+    metrics, _ = algorithm.update(learner, rollout.take(rows), credit.take(rows), algorithm.init())
+    now = torch.cat([p.detach().flatten() for p in actor.parameters()])
+    found[name] = {"step": now - start, "metrics": metrics, "all": accelerator.gather(now[None])}
+if accelerator.is_main_process:
+    torch.save(found, sys.argv[1])
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_take_the_step_of_one(tmp_path):
+    """A rank without rows takes part too, and both end at the same bits."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    found = []
+    for start in ([sys.executable], torchrun):
+        command = [*start, str(tmp_path / "worker.py"), str(tmp_path / "found.pt")]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(tmp_path / "found.pt", weights_only=True))
+    one, two = found
+    assert (one["world"], two["world"]) == (1, 2)
+    for name in ("lonely", "auto", "finite_difference"):
+        assert one[name]["metrics"]["optimizer_steps"] == 1 and torch.equal(*two[name]["all"])
+        assert error(two[name]["step"], one[name]["step"]) < 1e-6
+        assert two[name]["metrics"] == pytest.approx(one[name]["metrics"], rel=1e-5, abs=1e-9)

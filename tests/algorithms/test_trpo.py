@@ -36,6 +36,7 @@ REFUSED = [
     (dict(entropy_coef=0.01), "use kl_in='reward' and entropy_coef=0"),
     (dict(kl_in="loss", kl_estimator="k2_sequence"), "use kl_in='reward' and entropy_coef=0"),
     (dict(aggregation="token_mean"), "TRPO sums over a completion, as its trust region does; use 'sequence_sum'"),
+    (dict(replay=1, off_policy="truncated"), "an average over those that it did; use replay=0, or PPO"),
     (dict(max_kl=0.0), "max_kl=0.0 must be above 0, such as 0.01"),
     (dict(damping=0.0), "damping=0.0 must be above 0"),
     (dict(cg_iterations=0), "cg_iterations=0 must be at least 1"),
@@ -74,8 +75,10 @@ def test_it_learns_within_its_bound(settings, tmp_path):
     assert all(r["trust_region_kl"] <= 0.2 for r in rows)
 
 
-def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tmp_path):
-    algorithm = TRPO(critic="separate", lam=0.95, num_generations=1)
+@pytest.mark.parametrize("settings", [dict(), dict(critic="separate", lam=0.95, num_generations=1)])
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(settings, tmp_path):
+    """Also without a critic, where the optimizer has no state at all."""
+    algorithm = TRPO(**settings)
     make = functools.partial(build.trainer, algorithm=algorithm, max_steps=4, save_steps=2)
     whole = make(tmp_path / "a")
     whole.train()
