@@ -576,3 +576,17 @@ def test_a_generator_of_the_users_own(tmp_path):
 def test_evaluate_without_prompts_says_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match="evaluate needs held-out prompts; give the trainer an eval_dataset"):
         build.trainer(tmp_path).evaluate()
+
+
+def test_an_update_that_is_interrupted_leaves_a_folder_to_start_from(tmp_path, monkeypatch):
+    trainer = build.trainer(tmp_path, max_steps=3)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.learner, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    where = tmp_path / "interrupted"
+    assert AutoTokenizer.from_pretrained(where)("aa").input_ids == tiny.tokenizer()("aa").input_ids
+    build.trainer(tmp_path / "again", model=str(where), processing_class=None).train()

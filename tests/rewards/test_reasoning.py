@@ -1,0 +1,89 @@
+"""reasoning-gym's tasks as data set and reward. Where the package is not installed, a stand-in with its interface is."""
+
+import dataclasses
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from hfpg import ConfigError
+from hfpg.algorithms import RLOO
+from hfpg.rewards.reasoning import reasoning_task
+from tests import build
+
+
+@dataclasses.dataclass
+class Sums:
+    """What reasoning-gym's chain_sum is to a caller."""
+
+    size: int
+    seed: int
+    max_digits: int = 1
+
+    def __iter__(self):
+        for i in range(self.size):
+            a, b = (i * 7 + self.seed) % 10**self.max_digits, i % 10
+            metadata = {"source_dataset": "chain_sum", "source_index": i}
+            yield {"question": f"{a} + {b} =", "answer": str(a + b), "metadata": metadata}
+
+    def score_answer(self, answer, entry):
+        """1 for the exact answer."""
+        return float(answer == entry["answer"])
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch):
+    """The real package where it is, or the stand-in."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        fake = ModuleType("reasoning_gym")
+        fake.factory = SimpleNamespace(DATASETS={"chain_sum": Sums})
+        fake.create_dataset = lambda name, **config: Sums(**config)
+        monkeypatch.setitem(sys.modules, "reasoning_gym", fake)
+
+
+def test_the_right_answer_scores_one_behind_the_marker_or_alone():
+    rows, reward = reasoning_task("chain_sum", size=4, max_digits=1, instruction="Add. ")
+    assert len(rows) == 4 and all(row["prompt"].startswith("Add. ") for row in rows)
+    entries, right = [row["entry"] for row in rows], [row["answer"] for row in rows]
+    assert reward(completions=right, entry=entries) == [1.0] * 4
+    assert reward(completions=[f"It is 1 or 2. #### {a} " for a in right], entry=entries) == [1.0] * 4
+    assert all(s < 1 for s in reward(completions=["no idea"] * 4, entry=entries))
+    talk = [[{"role": "assistant", "content": f"#### {a}"}] for a in right]
+    assert reward(completions=talk, entry=entries) == [1.0] * 4
+    assert reward(completions=["1"], entry=['{"question": "?"}']) == [None]
+
+
+def test_it_trains_in_one_line(tmp_path):
+    rows, reward = reasoning_task("chain_sum", size=16, max_digits=1)
+    from tests import tiny
+
+    build.trainer(
+        tmp_path,
+        algorithm=RLOO(num_generations=2),
+        model=tiny.model("gpt2", vocabulary=257),
+        reward=reward,
+        train_dataset=rows,
+        processing_class=tiny.byte_tokenizer(),
+        max_completion_length=4,
+        overlong_prompts="truncate",
+    ).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("chain_sums", {}, "no task 'chain_sums'; did you mean 'chain_sum'"),
+        ("chain_sum", {"digits": 3}, "cannot be made with {'digits': 3}"),
+    ],
+)
+def test_what_does_not_exist_is_one_sentence(name, options, sentence):
+    with pytest.raises(ConfigError) as caught:
+        reasoning_task(name, **options)
+    assert sentence in str(caught.value)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ConfigError, match=r"pip install 'hfpg\[reasoning\]'"):
+        reasoning_task("chain_sum")
