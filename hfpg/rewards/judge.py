@@ -158,7 +158,7 @@ class Judge:
         )
         require(any(self.weights), f"reward_weights={self.weights} leaves no function that scores; use 1.0 for one")
         for function in self.functions:
-            if isinstance(function.call, ClassifierReward):
+            if hasattr(function.call, "to"):  # a judge with a model of its own
                 function.call.to(device)
 
     @property
@@ -298,6 +298,8 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
     def named(function: RewardFunction, error: Exception) -> RewardError:
         if isinstance(error, RewardError):
             return error  # it says already what is wrong
+        if isinstance(error, ConfigError):
+            return RewardError(f"reward function {function.name!r}: {error}")
         made = RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {error}")
         made.__cause__ = error
         return made

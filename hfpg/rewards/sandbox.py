@@ -1,0 +1,126 @@
+"""Judges that run what the policy wrote: only in a sandbox that the user gives, never on the host.
+
+hfpg ships no sandbox: a subprocess with a time limit is none. `Sandbox` is what one has to offer; a few lines join a
+container, a micro-VM or a service to it (docs/rewards/rules.md).
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from hfpg.config import ConfigError, require
+from hfpg.rewards.judge import RewardError
+from hfpg.rewards.rules import Rule, column_of, named, text_of
+from hfpg.types import Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a program may use. The network and the host's files and environment are closed to it in any case."""
+
+    seconds: float = 5.0
+    memory_mb: int = 256
+    output_bytes: int = 65536  # kept of stdout and of stderr, each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a program ended. One that broke a limit was ended by the sandbox and has no exit code."""
+
+    stdout: str = ""
+    stderr: str = ""
+    exit_code: int | None = None
+
+
+@runtime_checkable
+class Sandbox(Protocol):
+    """Runs untrusted Python in isolation."""
+
+    def run(self, code: str, stdin: str, limits: Limits) -> Result:
+        """Run a program from a clean state.
+
+        Whatever the program does is a `Result`. That the sandbox itself fails is an exception: it says nothing of
+        the program, so it must not become a score.
+        """
+
+
+def code_in(text: str) -> str:
+    """The program in a completion: the last ``` block, or all of it where there is none."""
+    blocks = re.findall(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
+    return blocks[-1] if blocks else text
+
+
+def code_tests(
+    sandbox: Sandbox | None = None,
+    column: str = "tests",
+    *,
+    limits: Limits | None = None,
+    extract: Callable[[str], str] = code_in,
+    name: str = "code_tests",
+) -> Rule:
+    """The share of its row's tests that the program in a completion passes; None where the row has no test.
+
+    A test is a pair {"input": …, "output": …}: the program reads the input and must print the output (spaces at the
+    ends of lines aside) and end with exit code 0; or a text of Python, such as assertions, that runs behind the
+    program and must be reached and end without an exception. Such a text shares its process with the program, which
+    may look for it: prefer pairs where the policy is strong.
+
+    Args:
+        sandbox: where programs run. Without one the judge is refused: hfpg never runs them on the host.
+        column: column of the data set with each row's list of tests (or one test).
+        limits: of each run.
+        extract: the program in a completion's text.
+        name: what scores are logged under.
+    Raises:
+        ConfigError: no sandbox is given.
+    """
+    require(
+        sandbox is not None,
+        f"{name} runs code that the policy wrote and has no sandbox; give sandbox=, an object with "
+        "run(code, stdin, limits) that isolates it (hfpg never runs such code on the host)",
+    )
+    require(
+        isinstance(sandbox, Sandbox),
+        f"{name}: {type(sandbox).__name__} is no sandbox; it lacks run(code, stdin, limits) -> Result",
+    )
+    assert sandbox is not None
+    allowed = limits or Limits()
+
+    def run(code: str, stdin: str) -> Result:
+        try:
+            result = sandbox.run(code, stdin, allowed)
+        except Exception as error:
+            raise RewardError(f"{name}: the sandbox failed: {type(error).__name__}: {error}") from error
+        if not isinstance(result, Result):
+            raise RewardError(f"{name}: the sandbox returned a {type(result).__name__}; it must return a Result")
+        return result
+
+    def passes(program: str, test: Any) -> bool:
+        if isinstance(test, str):
+            reached = secrets.token_hex(16)  # a program that ends early with code 0 has passed nothing
+            result = run(f"{program}\n\n{test}\n\nprint('\\n{reached}')\n", "")
+            return result.exit_code == 0 and _lines(result.stdout)[-1:] == [reached]
+        if not (isinstance(test, Mapping) and {"input", "output"} <= set(test)):
+            raise ConfigError(f'{name}: {test!r:.60} is no test; give {{"input": …, "output": …}} or Python as text')
+        result = run(program, str(test["input"]))
+        return result.exit_code == 0 and _lines(result.stdout) == _lines(str(test["output"]))
+
+    def rule(completions: list[Text], **columns: Any) -> list[float | None]:
+        scores: list[float | None] = []
+        for completion, tests in zip(completions, column_of(column, columns, name), strict=True):
+            tests = tests if isinstance(tests, Sequence) and not isinstance(tests, str) else [tests]
+            tests = [test for test in tests if test]
+            program = extract(text_of(completion))
+            scores.append(sum(passes(program, test) for test in tests) / len(tests) if tests else None)
+        return scores
+
+    return named(rule, name)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines without spaces at their ends and without empty lines at the end of the text."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]
