@@ -1,4 +1,4 @@
-"""reasoning-gym's tasks as data set and reward. Where the package is not installed, a stand-in with its interface is."""
+"""reasoning-gym's tasks as data set and reward. Where the package is missing, a stand-in with its interface is."""
 
 import dataclasses
 import importlib.util
