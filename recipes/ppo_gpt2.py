@@ -31,7 +31,15 @@ class Script:
 
 def defaults(script: Script) -> dict[str, Any]:
     """Measured on the embedded model; a larger one takes smaller steps."""
-    common = dict(prompts_per_step=64, max_completion_length=20, epochs=3, minibatches=2, lam=0.95, value_warmup=2, warmup_steps=5)
+    common = dict(
+        prompts_per_step=64,
+        max_completion_length=20,
+        epochs=3,
+        minibatches=2,
+        lam=0.95,
+        value_warmup=2,
+        warmup_steps=5,
+    )
     if script.model == embedded.MODEL:
         return common | dict(max_steps=75, learning_rate=2e-4, kl_coef=0.15, entropy_coef=0.02, adam_beta2=0.99)
     return common | dict(max_steps=200, learning_rate=1e-5, kl_coef=0.05)
