@@ -209,7 +209,9 @@ class PolicyGradientTrainer:
             self._updating = False
         if estimates.returns is not None:
             metrics["explained_variance"] = explained_variance(used, estimates)
-        self._stop_if_stuck(metrics["optimizer_steps"])
+        left_out = bool(rollout.weights.any()) and not bool(used.weights.any())  # all scores equal: nothing to learn
+        failed = metrics.get("skipped_steps", 0.0) or metrics.get("kl_stops", 0.0)
+        self._stop_if_stuck(bool(failed) and not metrics["optimizer_steps"] and not left_out)
         return metrics
 
     def _with_stored(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
@@ -238,12 +240,12 @@ class PolicyGradientTrainer:
             last_values=old.last_values,
         )
 
-    def _stop_if_stuck(self, optimizer_steps: float) -> None:
-        self._without_step = 0 if optimizer_steps else self._without_step + 1
+    def _stop_if_stuck(self, failed: bool) -> None:
+        self._without_step = self._without_step + 1 if failed else 0
         if self._without_step >= 3:
             raise RuntimeError(
-                "three steps in a row changed nothing: their gradients were not finite, or no completion counted; "
-                "look at loss, grad_norm, unscored and score_std in metrics.jsonl, and try a smaller learning_rate"
+                "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "
+                "look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
             )
 
     def collect(self) -> tuple[Samples, Scores]:

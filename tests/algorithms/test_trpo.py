@@ -65,6 +65,13 @@ def test_settings_of_the_run_that_break_it_are_refused_before_the_model_loads(tm
     TRPO(critic="separate").check_run(TrainConfig(max_grad_norm=0.5))  # it clips the critic's gradient
 
 
+def test_a_task_that_is_solved_is_no_error(tmp_path):
+    trainer = build.trainer(
+        tmp_path, algorithm=TRPO(kl_coef=0.0), reward=lambda completions: [1.0] * len(completions), max_steps=5
+    )
+    assert trainer.train()["optimizer_steps"] == 0
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(critic="separate", lam=0.95, num_generations=1, value_epochs=2)])
 def test_it_learns_within_its_bound(settings, tmp_path):
     algorithm = TRPO(kl_coef=0.01, max_kl=0.2, **settings)
