@@ -34,6 +34,7 @@ from hfpg.algorithms import PPO
 from hfpg.config import field, one_sentence, parse
 
 
+QUIET: dict[str, Any] = dict(report_to="none", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False)
 MAKERS = Path(__file__).resolve().parents[1] / "reward_models"
 
 
@@ -76,12 +77,15 @@ def sft(script: Script, pairs: Path, folder: Path) -> str:
     if (folder / "config.json").exists():
         return str(folder)
     tokenizer, model = (kind.from_pretrained(script.model) for kind in (AutoTokenizer, AutoModelForCausalLM))
-    texts = sorted({json.loads(line)["chosen"] for line in pairs.read_text().splitlines()})
-    ids = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    texts = sorted({row["chosen"] for row in rows if not row.get("tie")})
+    texts = [text for text in texts if text[:1].isupper() and text[-1:] in ".!?"] or texts  # whole sentences, if any
+    context = model.config.max_position_embeddings - 1
+    ids = [tokenizer(text).input_ids[:context] + [tokenizer.eos_token_id] for text in texts]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # labels are padded with −100: EOS is learnt
-    args = TrainingArguments(str(folder), num_train_epochs=script.sft_epochs, learning_rate=1e-4, report_to="none")
-    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    trainer = Trainer(model.float(), args, DataCollatorForSeq2Seq(tokenizer), rows, processing_class=tokenizer)
+    args = TrainingArguments(str(folder), num_train_epochs=script.sft_epochs, learning_rate=1e-4, **QUIET)
+    table = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    trainer = Trainer(model.float(), args, DataCollatorForSeq2Seq(tokenizer), table, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
     return str(folder)
