@@ -35,6 +35,8 @@ MAY_CHANGE = {  # every other setting changes what is trained
     *(
         "keep_best_by",
         "stop_overoptimized",
+        "max_dropped",
+        "judge_chunks",
         "eval_steps",
         "eval_on_start",
         "report_to",

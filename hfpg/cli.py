@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer
 from hfpg import embedded
 from hfpg.algorithms import PRESETS
 from hfpg.config import TrainConfig, field, nearest, one_sentence, parse, read_yaml, require
-from hfpg.data import PromptData, decode_completions, load_prompts
+from hfpg.data import PromptData, decode_completions, load_prompts, step_ends
 from hfpg.generation.hf import HFGenerator
 from hfpg.preflight import context_length, dry_call
 from hfpg.pretrained import load_policy
@@ -83,6 +84,7 @@ def named_in(argv: Sequence[str]) -> str:
 def train(argv: Sequence[str]) -> None:
     """Evaluate, train, evaluate, save, show."""
     script, algorithm, args = parse((Script, find_algorithm(named_in(argv)), TrainConfig), argv, train.__doc__)
+    require(script.eval_prompts >= 1, f"eval_prompts={script.eval_prompts} must be at least 1, such as 256")
     if script.dataset is None:
         train_data: Any = Dataset.from_dict({"prompt": embedded.prompts("train")})
         held_out: Any = Dataset.from_dict({"prompt": embedded.prompts("eval")[: script.eval_prompts]})
@@ -129,6 +131,7 @@ class Check:
     prompts: int = field(16, "Prompts that are sampled.")
     num_generations: int = field(4, "Completions of each.")
     max_completion_length: int = field(48, "Longest completion, in tokens.")
+    step_marker: str | None = field(None, "Text that ends a step, for judges that score steps.")
     seed: int = field(42, "Of the samples.")
 
 
@@ -139,9 +142,10 @@ def reward(argv: Sequence[str]) -> None:
     named = [w for w in words[1:2] if not w.startswith("--")]
     (settings,) = parse((Check,), [*(["--reward", *named] if named else []), *words[1 + len(named) :]], reward.__doc__)
     require(bool(settings.reward), "name a judge, as in `hfpg reward check judge.py:score`")
-    judge = Judge(settings.reward)
     policy = load_policy(settings.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    ends = None if settings.step_marker is None else partial(step_ends, tokenizer, settings.step_marker)
+    judge = Judge(settings.reward, step_ends=ends)
     source: Any = [{"prompt": text} for text in embedded.prompts("train")]
     if settings.dataset is not None:
         source = load_prompts(settings.dataset, 1)[0]

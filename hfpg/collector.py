@@ -66,7 +66,7 @@ class Collector:
                 said.append(self.said)
                 self.taken += missing
                 if number + 1 < self.rounds:
-                    missing = self.args.prompts_per_step - self._informative(join(scores), join(samples).group_ids)
+                    missing = self.args.prompts_per_step - self._informative(join(scores), join(samples))
         self.said = merge_rounds(said)
         self._check_dropped()
         return join(samples), join(scores)
@@ -111,9 +111,12 @@ class Collector:
             scores = self._settled(answers, heard)
         return join([p for p, _ in drawn]), join([s for _, s in drawn]), scores
 
-    def _informative(self, rows: Scores, groups: torch.Tensor) -> int:
-        """Prompts, over all ranks, whose completions do not all score the same."""
-        uneven = groups[~equal_in_group(rows.scores, rows.weights, groups)]
+    def _informative(self, rows: Scores, samples: Samples) -> int:
+        """Prompts, over all ranks, whose completions that count do not all score the same."""
+        groups, weights = samples.group_ids, rows.weights
+        if getattr(self.algorithm, "truncation", "terminal") == "mask":
+            weights = torch.where(samples.finished, weights, 0)
+        uneven = groups[~equal_in_group(rows.scores, weights, groups)]
         return sum(gather_list(self.accelerator, [len(uneven.unique())]))
 
     def _with_baseline(self, prompts: Prompts, scores: Scores) -> Scores:

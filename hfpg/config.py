@@ -130,6 +130,8 @@ class TrainConfig:
     trust_remote_code: bool = field(False, "Run model code from the Hub repository. Never applies to judges.")
 
     def __post_init__(self) -> None:
+        if self.resume_from_checkpoint in (False, "False", "false", ""):
+            self.resume_from_checkpoint = None
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         check_choices(self)
         counts = ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch")

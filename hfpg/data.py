@@ -235,6 +235,7 @@ def load_prompts(source: str, held_out: int) -> tuple[Any, Any]:
     Raises:
         ConfigError: it cannot be loaded, or is too small to hold anything out.
     """
+    require(held_out >= 1, f"eval_prompts={held_out} must be at least 1, such as 256")
     kind = Path(source).suffix.lstrip(".").replace("jsonl", "json")
     try:
         files = {"path": kind, "data_files": source} if kind in ("json", "csv") else {"path": source}

@@ -121,9 +121,9 @@ class Learner:
 
         Rows are dealt to minibatches by a permutation that is a function of (seed, step, epoch). The update ends early
         when a minibatch's mean `kl_to_old` exceeds `max_kl` (that minibatch is not stepped on), or its gradient is not
-        finite or no row of it has a weight (skipped; parameters are left as they are). `train="value"` leaves the
-        policy as it is. `with_kl`: the loss gets the exact KL to the reference. Returns metrics averaged over the
-        minibatches done.
+        finite (skipped; parameters are left as they are). A minibatch without a row that counts is passed over; where
+        none has one, the update is skipped. `train="value"` leaves the policy as it is. `with_kl`: the loss gets the
+        exact KL to the reference. Returns metrics averaged over the minibatches done.
         """
         totals: dict[str, float] = {}
         steps, ended = 0, ""
@@ -131,6 +131,8 @@ class Learner:
         for epoch in range(epochs):
             order = permutation(len(rollout), self.args.seed, "minibatch", self.turn, epoch)
             for rows in order.tensor_split(minibatches):
+                if not rollout.weights[rows].any():
+                    continue  # nobody scored any of these: there is nothing to step on
                 metrics, largest = self.gradient(
                     rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy, with_kl
                 )
@@ -139,7 +141,7 @@ class Learner:
                 first_error = first_error if steps else largest
                 if max_kl is not None and metrics.get("kl_to_old", 0.0) > max_kl:
                     ended = "kl_stops"
-                elif not math.isfinite(norm := self.clip()) or not rollout.weights[rows].any():
+                elif not math.isfinite(norm := self.clip()):
                     ended = "skipped_steps"
                 else:
                     metrics["grad_norm"] = norm
@@ -151,6 +153,8 @@ class Learner:
                     break
             if ended:
                 break
+        if not rollout.weights.any():
+            ended = "skipped_steps"
         averaged = {k: v / max(steps, 1) for k, v in totals.items()}
         ends = {name: float(ended == name) for name in ("kl_stops", "skipped_steps")}
         return averaged | ends | {"optimizer_steps": float(steps), "first_log_ratio_max": first_error}

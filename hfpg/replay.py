@@ -30,16 +30,18 @@ class Replay:
     def __init__(self, size: int, say: Callable[[str], None]):
         self.size, self.say = size, say
         self.rollouts: list[Rollout] = []
+        self._kept: list[Rollout] = []  # those that the step in hand uses
 
     def add_to(self, rollout: Rollout, rescore: Callable[[Rollout], Rollout]) -> tuple[Rollout, dict[str, float]]:
         """The rollout and the stored ones, scored by the policy as it is now (`rescore`), as one; and metrics.
 
-        A stored rollout whose effective sample size has fallen below 0.1 leaves for good; below 0.5 it is said.
+        A stored rollout whose effective sample size has fallen below 0.1 leaves for good; below 0.5 it is said. What
+        is stored changes with `turn` only, when the update is done.
 
         effective_sample_size   (Σw)² / (N Σw²) of the sequence weights of all rows in use
         replayed                rows of past steps in use
         """
-        again, kept = [], []
+        again, self._kept = [], []
         for stored in self.rollouts:
             scored = rescore(stored)
             size = self._effective(scored)
@@ -47,14 +49,10 @@ class Replay:
                 self.say(f"a stored rollout is dropped: its effective sample size is {size:.2f}, below {DROP_BELOW}")
                 continue
             if size < WARN_BELOW:
-                self.say(
-                    f"the effective sample size of a stored rollout is {size:.2f}: the policy has moved far from it"
-                )
+                self.say(f"the effective sample size of a stored rollout is {size:.2f}: the policy moved far from it")
             again.append(scored)
-            kept.append(stored)
-        self.rollouts = kept
-        fresh = _mark(rollout, False)
-        together = join([_mark(r, True) for r in again] + [fresh]) if again else rollout
+            self._kept.append(stored)
+        together = join([_mark(r, True) for r in again] + [_mark(rollout, False)]) if again else rollout
         size = self._effective(together)
         if not again and size < WARN_BELOW:
             self.say(f"effective sample size {size:.2f}: what samples is far from the policy that is trained")
@@ -69,10 +67,11 @@ class Replay:
         log_ratio = rollout.old_logprobs - rollout.behaviour_logprobs
         return float(effective_sample_size(log_ratio, rollout.completion_mask, rollout.weights))
 
-    def store(self, rollout: Rollout) -> None:
-        """Keep a rollout for the coming steps."""
+    def turn(self, rollout: Rollout) -> None:
+        """A step is done: keep its rollout for the coming ones, in place of the oldest."""
         if self.size:
-            self.rollouts = [*self.rollouts, rollout][-self.size :]
+            kept = replace(rollout, behaviour_logprobs=rollout.sampler_logprobs)
+            self.rollouts = [*self._kept, kept][-self.size :]
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is kept, as plain tensors `NUMBER|FIELD`."""

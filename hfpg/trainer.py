@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -82,7 +83,7 @@ class PolicyGradientTrainer:
         self.accelerator = launch(args)
         preflight.check_batch(args, algorithm, self.accelerator.num_processes)
         if hasattr(algorithm, "check_run"):
-            algorithm.check_run(args)
+            algorithm.check_run(dataclasses.replace(args, bf16=self.accelerator.mixed_precision == "bf16"))
         if args.push_to_hub:
             preflight.check_hub(args, self.accelerator)
         load: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
@@ -155,6 +156,7 @@ class PolicyGradientTrainer:
         self.seconds = 0.0  # spent in the loop
         self._without_step = 0
         self._saved_step = -1
+        self._claimed = False  # the run's folder is ours to write in: fresh, or resumed
         self._unseen = True  # nobody has looked at a score yet
         self._updating = False
 
@@ -206,6 +208,7 @@ class PolicyGradientTrainer:
             self.learner.end_turn()
             self.state.global_step += 1
             self.run.position += self.collector.taken
+            self.replay.turn(rollout)
             self._updating = False
         if estimates.returns is not None:
             metrics["explained_variance"] = explained_variance(used, estimates)
@@ -220,7 +223,6 @@ class PolicyGradientTrainer:
             return rollout, {}
         rollout = dataclasses.replace(rollout, behaviour_logprobs=rollout.sampler_logprobs)
         together, metrics = self.replay.add_to(rollout, self._score_again)
-        self.replay.store(rollout)
         return together, metrics
 
     def _score_again(self, stored: Rollout) -> Rollout:
@@ -289,18 +291,23 @@ class PolicyGradientTrainer:
         mine = share(len(data), self.accelerator.process_index, self.accelerator.num_processes)
         ids = -1 - torch.arange(mine.start, mine.stop)  # negative: never the key of a training sample
         prompts, samples = self.sample(data, list(mine), ids)
+        before = self.collector.said  # of a step that may not be reported yet
         rollout = self.rescore(samples, self.judge_samples(prompts, samples))
+        said, self.collector.said = self.collector.said, before
         self.clock.read()
         self.events.fire("on_prediction_step")
         in_order = rollout.take(torch.argsort(rollout.sample_ids, descending=True))
         rows = shown(in_order, self.processing_class)
-        found = describe_evaluation(rollout, self.collector.said["by_function"], rows) | self.collector.said["metrics"]
+        found = describe_evaluation(rollout, said["by_function"], rows) | said["metrics"]
+        found["dropped"] = len(said["errors"]) / max(said["rows"], 1)
         metrics = {f"eval_{name}": value for name, value in found.items()}
         if dataset is None:
             self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": rows})
-        self.recorder.metrics(self.state.global_step, metrics)
+        ours = self._claimed or not self.occupied  # before `train`, a folder that holds a run is only looked at
+        if ours:
+            self.recorder.metrics(self.state.global_step, metrics)
         self.events.evaluated(metrics)
-        if dataset is None and self.args.keep_best_by is not None:
+        if ours and dataset is None and self.args.keep_best_by is not None:
             self._keep_best(metrics, self.args.keep_best_by)
         return metrics
 
@@ -308,7 +315,12 @@ class PolicyGradientTrainer:
         """Keep the model that is best by a metric which training does not see, and say when the two part."""
         known = [key for key in metrics if key.startswith("eval_")]
         require(name in metrics, f"keep_best_by={name!r} is no metric of an evaluation; there are {known}")
-        watch, best = seen(Watch(**self.run.watch), self.state.global_step, metrics["eval_score"], metrics[name])
+        unheard = metrics["eval_dropped"] > self.args.max_dropped or metrics["eval_unscored"] == 1
+        if unheard or not math.isfinite(metrics[name]):
+            self.terminal.say(f"this evaluation says nothing of {name}: its completions were not scored")
+            return
+        watch = Watch(**self.run.watch) if self.run.watch.get("name") == name else Watch(name=name)
+        watch, best = seen(watch, self.state.global_step, metrics["eval_score"], metrics[name])
         self.run.watch = dataclasses.asdict(watch)
         if best:
             self.save_model(self.output_dir / "best")
@@ -500,9 +512,12 @@ class PolicyGradientTrainer:
 
     def _begin(self, resume: str | bool | None) -> None:
         resume = self.args.resume_from_checkpoint if resume is None else resume
+        resume = None if resume in (False, "False", "false", "") else resume
         path = find_checkpoint(resume, self.output_dir)
         if path is not None:
             self.events.state, self.run = load_checkpoint(path, self.learner, self._settings())
+            main = self.accelerator.is_main_process  # the file was written by the main process
+            self.state.is_world_process_zero = self.state.is_local_process_zero = main
             self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
             self.replay.load(path, self.accelerator.device)
             self._saved_step = self.state.global_step
@@ -511,6 +526,7 @@ class PolicyGradientTrainer:
             self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0")
         elif self.state.global_step == 0:
             preflight.refuse_occupied(self.output_dir, self.occupied)
+        self._claimed = True
         if self.value_head_from is not None and path is None:
             self.terminal.say(f"the value head goes on from the one saved with {self.model_name}")
         if resume:

@@ -66,8 +66,8 @@ def sft(script: Script, tokenizer: Any, rows: list[dict[str, str]]) -> GPT2LMHea
 
 def main() -> None:
     """Examples, then right or wrong, then the same questions before and after."""
-    rl = dict(num_generations=8, kl_coef=0.01, prompts_per_step=32, max_steps=60, max_completion_length=6)
-    rl |= dict(learning_rate=3e-4, adam_beta2=0.99, warmup_steps=5)
+    rl = dict(num_generations=8, kl_coef=0.01, prompts_per_step=32, max_steps=100, max_completion_length=6)
+    rl |= dict(learning_rate=1e-3, adam_beta2=0.99, warmup_steps=5)
     script, rloo, args = parse((Script, RLOO, TrainConfig), description=__doc__, defaults=lambda script: rl)
     shown, _ = reasoning_task(script.task, size=script.examples, seed=1, **script.task_options)
     asked, reward = reasoning_task(script.task, size=2000, seed=2, **script.task_options)

@@ -28,7 +28,8 @@ def behaved(shift: float = 0.0, **changes):
     rows = rollout(weights=torch.ones(4), **changes)
     moved = rows.old_logprobs.clone()
     moved[2] -= shift
-    return dataclasses.replace(rows, behaviour_logprobs=torch.where(rows.completion_mask, moved, 0))
+    mu = torch.where(rows.completion_mask, moved, 0)
+    return dataclasses.replace(rows, behaviour_logprobs=mu, sampler_logprobs=mu)
 
 
 def test_the_last_rollouts_join_and_are_marked():
@@ -37,7 +38,7 @@ def test_the_last_rollouts_join_and_are_marked():
     for step in range(3):
         fresh = behaved(sample_ids=torch.arange(4) + 4 * step)
         together, metrics = replay.add_to(fresh, lambda stored: stored)
-        replay.store(fresh)
+        replay.turn(fresh)
     assert len(together) == 12 and together.stored.tolist() == [True] * 8 + [False] * 4
     assert metrics == {"effective_sample_size": pytest.approx(1.0), "replayed": 8.0}
     assert together.new_weights.tolist() == [0.0] * 8 + [1.0] * 4
@@ -47,7 +48,7 @@ def test_the_last_rollouts_join_and_are_marked():
 def test_a_small_effective_sample_size_is_said_and_a_tiny_one_ends_the_reuse():
     said = []
     replay = Replay(2, said.append)
-    replay.store(behaved())
+    replay.turn(behaved())
     log_weights = torch.tensor([0.0, 0.0, 3.0, 0.0])  # of the stored rows, as the policy is now
 
     def now(stored):
@@ -60,7 +61,10 @@ def test_a_small_effective_sample_size_is_said_and_a_tiny_one_ends_the_reuse():
     replay.rollouts = [dataclasses.replace(r.take(torch.arange(4).repeat(8))) for r in replay.rollouts]
     log_weights = torch.zeros(32).index_fill(0, torch.tensor([0]), 9.0)
     together, metrics = replay.add_to(behaved(), now)
-    assert len(together) == 4 and not replay.rollouts and metrics["replayed"] == 0
+    assert len(together) == 4 and metrics["replayed"] == 0
+    assert len(replay.rollouts) == 1  # an update that fails leaves what is stored as it was
+    replay.turn(behaved())
+    assert len(replay.rollouts) == 1 and len(replay.rollouts[0]) == 4
     assert "a stored rollout is dropped: its effective sample size is 0.03, below 0.1" in said[1]
 
 

@@ -590,3 +590,41 @@ def test_an_update_that_is_interrupted_leaves_a_folder_to_start_from(tmp_path, m
     where = tmp_path / "interrupted"
     assert AutoTokenizer.from_pretrained(where)("aa").input_ids == tiny.tokenizer()("aa").input_ids
     build.trainer(tmp_path / "again", model=str(where), processing_class=None).train()
+
+
+def test_minibatches_that_nobody_scored_are_passed_over(tmp_path):
+    """Rows of weight 0 are nothing unusual: the others of the step are trained all the same."""
+
+    def judge(completions):
+        return [1.0 * len(c) if i % 8 == 0 else None for i, c in enumerate(completions)]
+
+    trainer = build.trainer(tmp_path, algorithm=PPO(minibatches=8, epochs=2, kl_coef=0.0), reward=judge, max_steps=5)
+    trainer.train()
+    logged = trainer.state.log_history
+    assert [row["optimizer_steps"] for row in logged] == [2.0] * 5 and not any(row["skipped_steps"] for row in logged)
+
+
+@pytest.mark.parametrize("word", ["False", "false", False])
+def test_not_resuming_is_not_resuming(word, tmp_path):
+    build.trainer(tmp_path, save_steps=1).train()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        build.trainer(tmp_path, resume_from_checkpoint=word).train()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        build.trainer(tmp_path).train(resume_from_checkpoint=word)
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_an_evaluation_between_step_and_report_leaves_the_steps_figures(tmp_path):
+    def judge(completions, log_extra):
+        log_extra("size", [len(completions)] * len(completions))
+        return [float(len(completions))] * len(completions)
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            trainer.evaluate(tiny.rows(3))
+
+    trainer = build.trainer(
+        tmp_path, reward=judge, completions_steps=1, callbacks=[Look()], num_completions_to_print=0
+    )
+    trainer.train()
+    assert {row["size"] for row in lines(tmp_path / "completions.jsonl")} == {8}

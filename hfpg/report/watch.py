@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 class Watch:
     """What evaluations have shown so far, by the metric of `keep_best_by`."""
 
+    name: str = ""  # the metric that is watched
     best: float | None = None
     best_step: int = 0
     proxy: float | None = None  # of the last evaluation: what is optimised

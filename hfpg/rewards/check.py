@@ -89,7 +89,9 @@ def look(
     if group_ids is not None and len(group_ids.unique()) < len(group_ids):
         groups = group_ids.cpu()
         equal = equal_in_group(scores, weights, groups)
-        tied = len(groups[equal].unique()) / len(groups.unique())
+        compared = [g for g in groups.unique() if (weights[groups == g] > 0).sum() > 1]  # one alone is no tie
+        if compared:
+            tied = sum(bool(equal[groups == g].all()) for g in compared) / len(compared)
     repeated = torch.tensor([repetition(text) for text in texts], dtype=torch.float64)
     return Findings(
         lowest=float(judged.min()) if len(judged) else 0.0,

@@ -113,6 +113,7 @@ def main(out: str) -> None:
     result["others"] = {name: other(f"{out}.{name}", algorithm) for name, algorithm in OTHERS.items()}
     if trainer.accelerator.is_main_process:
         torch.save(result, out)
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes gloo's threads down with it
 
 
 if __name__ == "__main__":

@@ -73,3 +73,36 @@ def test_it_stops_when_asked_and_remembers_across_a_resume(tmp_path):
 def test_what_cannot_be_watched_is_refused(settings, sentence, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
         make(tmp_path, **settings).train()
+
+
+def test_a_finished_runs_best_survives_an_evaluation_that_forgot_to_resume(tmp_path):
+    make(tmp_path).train()
+    files = {path: path.read_bytes() for path in [tmp_path / "best" / "model.safetensors", tmp_path / "metrics.jsonl"]}
+    again = make(tmp_path)
+    again.evaluate()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        again.train()
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_an_evaluation_that_nobody_scored_is_no_best(tmp_path, capsys):
+    calls = []
+
+    def gold(completions):
+        calls.append(len(completions))
+        return [None if len(completions) == 5 and calls.count(5) > 1 else -5.0] * len(completions)
+
+    settings = dict(reward=gold, reward_weights=None, keep_best_by="eval_scores/gold", max_steps=2)
+    trainer = build.trainer(
+        tmp_path, eval_steps=1, eval_on_start=True, eval_dataset=tiny.rows(5), disable_tqdm=True, **settings
+    )
+    trainer.train()
+    assert trainer.run.watch["best"] == -5.0 and trainer.run.watch["best_step"] == 0
+    assert "this evaluation says nothing of eval_scores/gold" in capsys.readouterr().out
+
+
+def test_another_metric_begins_anew(tmp_path):
+    make(tmp_path, max_steps=2, save_steps=1).train()
+    more = make(tmp_path, max_steps=3, save_steps=1, resume_from_checkpoint="True", keep_best_by="eval_length")
+    more.train()
+    assert more.run.watch["name"] == "eval_length" and more.run.watch["best"] > 3

@@ -87,3 +87,14 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"pip install 'hfpg\[reasoning\]'"):
         reasoning_task("chain_sum")
+
+
+def test_the_recipe_for_two_steps(tmp_path, monkeypatch, capsys):
+    from recipes import reasoning
+
+    words = ["reasoning.py", "--task_options", '{"max_digits": 1}', "--examples", "64", "--sft_epochs", "1"]
+    words += ["--max_steps", "2", "--prompts_per_step", "4", "--num_generations", "2", "--torch_threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--output_dir", str(tmp_path / "run")])
+    reasoning.main()
+    assert "before → after 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
