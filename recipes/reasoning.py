@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from hfpg import PolicyGradientTrainer, TrainConfig
@@ -55,6 +56,7 @@ def sft(script: Script, tokenizer: Any, rows: list[dict[str, str]]) -> GPT2LMHea
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=96, n_layer=2, n_head=4, n_positions=160, eos_token_id=0)
     ids = [(tokenizer(row["prompt"]).input_ids, tokenizer(" " + row["answer"]).input_ids + [0]) for row in rows]
     table = Dataset.from_dict({"input_ids": [q + a for q, a in ids], "labels": [[-100] * len(q) + a for q, a in ids]})
+    set_seed(0)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, num_train_epochs=script.sft_epochs, learning_rate=3e-3, per_device_train_batch_size=32, **QUIET
