@@ -158,7 +158,7 @@ class Judge:
         )
         require(any(self.weights), f"reward_weights={self.weights} leaves no function that scores; use 1.0 for one")
         for function in self.functions:
-            if hasattr(function.call, "to"):  # a judge with a model of its own
+            if hasattr(function.call, "to") and not getattr(function.call, "placed", False):  # it has a model
                 function.call.to(device)
 
     @property

@@ -13,6 +13,7 @@ changes no score beyond rounding.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,7 +40,7 @@ def in_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-class ModelJudge:
+class ModelJudge(ABC):
     """A model of the Hub, a folder or memory, and its own tokenizer.
 
     Args:
@@ -82,6 +83,7 @@ class ModelJudge:
             f"the judge {name!r} got the encoder-decoder {type(model).__name__}; give an encoder or a causal model",
         )
         self.model, self.tokenizer = model, tokenizer
+        self.placed = device is not None  # where the user wants it; otherwise the run's device
         if device is not None:
             self.to(device)
         positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
@@ -168,8 +170,9 @@ class Fluency(ModelJudge):
             scores[i] = total / len(row.scored) if self.reduce == "mean" else total
         return scores
 
+    @abstractmethod
     def _sums(self, rows: list[Row]) -> list[float]:
-        raise NotImplementedError
+        """Σ log p of each row's scored tokens, in nats."""
 
     def _before(self) -> list[int]:
         """What stands before a text that has nothing before it."""

@@ -58,7 +58,7 @@ def test_it_trains_in_one_line(tmp_path):
     rows, reward = reasoning_task("chain_sum", size=16, max_digits=1)
     from tests import tiny
 
-    build.trainer(
+    trainer = build.trainer(
         tmp_path,
         algorithm=RLOO(num_generations=2),
         model=tiny.model("gpt2", vocabulary=257),
@@ -67,7 +67,8 @@ def test_it_trains_in_one_line(tmp_path):
         processing_class=tiny.byte_tokenizer(),
         max_completion_length=4,
         overlong_prompts="truncate",
-    ).train()
+    )
+    assert trainer.train()["scores/chain_sum"] >= 0
 
 
 @pytest.mark.parametrize(
