@@ -6,7 +6,7 @@ The embedded GPT-2 writes film reviews. An LSTM learns them by negative log-like
 −|words − target| / target, once per baseline, each time from that same LSTM. `noise` is tr Cov(g) / ‖E g‖² of one
 step's gradient g at that LSTM, before REINFORCE. The fields of Script and TrainConfig are flags (`--help`).
 
-Measured 2026-11-25, the command above, one thread of a shared 2-core machine: 64 s of CPU time, 2.5 minutes beside
+Measured 2026-11-25, the command above, one thread of a 2-core machine: 1 min 0 s alone, 2.5 minutes beside
 other jobs. NLL 6.93 → 3.79 nats per token; noise 4.18 without a baseline, 1.62 with the batch's mean, 1.31 with a
 value head; score −0.67 → −0.26 to −0.32. All rows, and other seeds: docs/recipes/reinforce_lstm.md.
 """
