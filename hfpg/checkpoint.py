@@ -98,9 +98,14 @@ def save_checkpoint(
             f"{target} could not be written: {error} ({free} MiB are free there); complete checkpoints: "
             f"{kept or 'none'}. Make room, or name another output_dir"
         ) from error
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(work, target)
+    replace_folder(work, target)
     return target
+
+
+def replace_folder(whole: Path, target: Path) -> None:
+    """Put a folder that is complete in the place of another one, if there is one."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(whole, target)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -16,7 +16,15 @@ import torch
 from transformers import TrainerCallback
 
 from hfpg import hub, preflight
-from hfpg.checkpoint import RunState, find_checkpoint, load_checkpoint, rotate, save_checkpoint, set_aside
+from hfpg.checkpoint import (
+    RunState,
+    find_checkpoint,
+    load_checkpoint,
+    replace_folder,
+    rotate,
+    save_checkpoint,
+    set_aside,
+)
 from hfpg.collector import Collector
 from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, share, step_ends
@@ -323,7 +331,8 @@ class PolicyGradientTrainer:
         watch, best = seen(watch, self.state.global_step, metrics["eval_score"], metrics[name])
         self.run.watch = dataclasses.asdict(watch)
         if best:
-            self.save_model(self.output_dir / "best")
+            whole = self.save_model(self.output_dir / "best.tmp")  # a kill in the middle leaves the best so far
+            self._on_main(lambda: replace_folder(whole, self.output_dir / "best"))
         if watch.falling:
             self.terminal.say(
                 f"eval_score rose to {metrics['eval_score']:+.3f} and {name} fell to {metrics[name]:+.3f}: the policy "

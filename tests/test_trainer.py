@@ -628,3 +628,22 @@ def test_an_evaluation_between_step_and_report_leaves_the_steps_figures(tmp_path
     )
     trainer.train()
     assert {row["size"] for row in lines(tmp_path / "completions.jsonl")} == {8}
+
+
+def test_a_run_that_ended_by_max_dropped_goes_on_with_a_larger_one(tmp_path):
+    settings = dict(reward_on_error="drop", save_steps=1)
+    build.trainer(tmp_path, max_dropped=0.1, **settings).train()
+    more = dict(max_dropped=0.9, judge_chunks=2, max_steps=3, resume_from_checkpoint="True")
+    trainer = build.trainer(tmp_path, **(settings | more))
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_a_resumed_rank_knows_that_it_is_not_the_main_one(tmp_path, monkeypatch):
+    """The state was written by the main process; every rank reads it."""
+    build.trainer(tmp_path, save_steps=1).train()
+    trainer = build.trainer(tmp_path, save_steps=1, max_steps=3, resume_from_checkpoint="True")
+    monkeypatch.setattr(type(trainer.accelerator), "is_main_process", property(lambda self: False))
+    monkeypatch.setattr(trainer, "_on_main", lambda do: None)
+    trainer._begin(None)
+    assert not trainer.state.is_world_process_zero and not trainer.state.is_local_process_zero

@@ -1,9 +1,11 @@
 """TRPO: credit, what it refuses, and a run."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hfpg.algorithms import PPO, RLOO, TRPO
 from hfpg.config import ConfigError, TrainConfig
@@ -63,6 +65,19 @@ def test_settings_of_the_run_that_break_it_are_refused_before_the_model_loads(tm
     with pytest.raises(ConfigError, match="train TRPO with bf16=False"):
         TRPO().check_run(TrainConfig(bf16=True))
     TRPO(critic="separate").check_run(TrainConfig(max_grad_norm=0.5))  # it clips the critic's gradient
+
+
+def test_bf16_that_the_launcher_asks_for_is_refused_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="train TRPO with bf16=False"):
+        build.trainer(tmp_path, algorithm=TRPO())
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_a_sharded_engine_is_refused(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: SimpleNamespace(value=engine)))
+    with pytest.raises(ConfigError, match=f"{engine} is not supported; hfpg runs one process, or several with DDP"):
+        build.trainer(tmp_path, algorithm=TRPO())
 
 
 def test_a_task_that_is_solved_is_no_error(tmp_path):

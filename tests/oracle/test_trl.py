@@ -6,6 +6,7 @@ the algorithm object itself: rewards, estimate, loss, and the aggregation that t
 
 Where the definitions agree, loss and gradient are equal to 1e-12. Where they do not, a formula turns one into the
 other, so that a silent change on either side fails. The page for readers: docs/algorithms/trl.md.
+`close` and `unlike` hold the assertions of most tests.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_the_best_by_the_gold_judge_is_kept_and_the_parting_is_said(tmp_path, ca
     assert trainer.run.watch["best"] == 2.0 and trainer.run.watch["best_step"] == 2
     kept = load_actor_critic(tmp_path / "best")
     pairs = list(zip(kept.parameters(), states[2], strict=True))
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(torch.equal(a, b) for a, b in pairs) and not (tmp_path / "best.tmp").exists()
     said = capsys.readouterr().out.replace("\n", " ")
     assert said.count("learning the judge's weaknesses") == 3 and "(+2.000, step 2) is in" in said
 

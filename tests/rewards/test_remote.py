@@ -75,7 +75,7 @@ class Server(ThreadingHTTPServer):
                         server.busy -= 1
 
             def log_message(self, *args: Any) -> None:
-                """Say nothing."""
+                """Say nothing: the base class writes a line a request to stderr."""
 
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/score"
