@@ -35,6 +35,7 @@ MAY_CHANGE = {  # every other setting changes what is trained
     *(
         "keep_best_by",
         "stop_overoptimized",
+        "stop_constant",
         "max_dropped",
         "judge_chunks",
         "eval_steps",
@@ -61,6 +62,7 @@ class RunState:
     position: int = 0  # prompts taken from the endless stream
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)  # what evaluations have shown; see report/watch.py
+    sampler_gap: float | None = None  # largest difference between sampling and scoring, where it was looked at
 
 
 def save_checkpoint(

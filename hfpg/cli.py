@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from hfpg import embedded
 from hfpg.algorithms import PRESETS
 from hfpg.config import TrainConfig, field, nearest, one_sentence, parse, read_yaml, require
 from hfpg.data import PromptData, decode_completions, load_prompts, step_ends
 from hfpg.generation.hf import HFGenerator
-from hfpg.preflight import context_length, dry_call
-from hfpg.pretrained import load_policy
+from hfpg.preflight import context_length, dry_call, load_tokenizer
+from hfpg.pretrained import load_config, load_policy
 from hfpg.rewards import Judge
 from hfpg.rewards.check import Findings, examine
 from hfpg.rewards.judge import import_function
@@ -134,16 +134,21 @@ class Check:
     step_marker: str | None = field(None, "Text that ends a step, for judges that score steps.")
     seed: int = field(42, "Of the samples.")
 
+    def __post_init__(self) -> None:
+        for name in ("prompts", "num_generations", "max_completion_length"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.step_marker != "", "step_marker='' marks nothing; use a text such as a line break")
+
 
 def reward(argv: Sequence[str]) -> None:
     """Print what a judge's scores are like, and what is likely to spoil a run."""
     words = list(argv)
     require(words[:1] == ["check"], "use `hfpg reward check FILE.py:name --dataset …`")
-    named = [w for w in words[1:2] if not w.startswith("--")]
+    named = list(takewhile(lambda word: not word.startswith("--"), words[1:]))
     (settings,) = parse((Check,), [*(["--reward", *named] if named else []), *words[1 + len(named) :]], reward.__doc__)
     require(bool(settings.reward), "name a judge, as in `hfpg reward check judge.py:score`")
-    policy = load_policy(settings.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    config = load_config(settings.model)
+    tokenizer = load_tokenizer(settings.model, None, TrainConfig())
     ends = None if settings.step_marker is None else partial(step_ends, tokenizer, settings.step_marker)
     judge = Judge(settings.reward, step_ends=ends)
     source: Any = [{"prompt": text} for text in embedded.prompts("train")]
@@ -154,17 +159,18 @@ def reward(argv: Sequence[str]) -> None:
         tokenizer,
         prompt_column=settings.prompt_column,
         max_completion_length=settings.max_completion_length,
-        context=context_length(policy.config),
+        context=context_length(config),
         overlong="truncate",
     )
     dry_call(judge, data, tokenizer)
+    policy = load_policy(settings.model).eval()
     rows, k = range(min(settings.prompts, len(data))), settings.num_generations
     drawn = data.rows(rows, torch.arange(len(rows) * k), k, "cpu")
     generator = HFGenerator(tokenizer, seed=settings.seed, max_completion_length=settings.max_completion_length)
     samples = generator(policy, drawn)
     ids = [row[keep].tolist() for row, keep in zip(samples.completion_ids, samples.completion_mask, strict=True)]
     texts = decode_completions(tokenizer, samples.completion_ids, samples.completion_mask, drawn.texts)
-    found = examine(judge, drawn.texts, texts, ids, drawn.columns, drawn.group_ids)
+    found = examine(judge, drawn.texts, texts, ids, drawn.columns, drawn.group_ids, tokenizer)
     _show(found, judge.names, len(ids))
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from hfpg import preflight
+from hfpg.config import GuardStop
 from hfpg.data import PromptData, decode_completions, order, plain_text, share
 from hfpg.distributed import gather_list, raise_together
 from hfpg.learner import Learner
 from hfpg.ops.baselines import equal_in_group
 from hfpg.report.clock import Clock
-from hfpg.rewards import Judge, RewardError
+from hfpg.rewards import Judge
 from hfpg.rewards.judge import Heard, Log, merge_rounds, merge_said
 from hfpg.types import Prompts, Samples, Scores, Text, join
 
@@ -75,7 +76,7 @@ class Collector:
         """End the run when failures have dropped too many completions; the trainer saves before it does."""
         errors, rows = self.said["errors"], self.said["rows"]
         if len(errors) > self.args.max_dropped * rows:
-            raise RewardError(
+            raise GuardStop(
                 f"{len(errors)} of {rows} completions of this step were dropped, more than max_dropped="
                 f"{self.args.max_dropped} allows; the first: {errors[0]}"
             )

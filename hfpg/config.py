@@ -29,6 +29,10 @@ class ConfigError(ValueError):
     """A setting that cannot be: the message holds the value seen, the rule broken and a value that works."""
 
 
+class GuardStop(RuntimeError):
+    """A guard has ended the run: what was trained is saved, and the message says what was seen and what to change."""
+
+
 def field(default: Any, help: str) -> Any:  # `help` is the word that argparse and transformers use
     """A dataclass field with its help text."""
     if isinstance(default, list | dict):
@@ -77,6 +81,9 @@ class TrainConfig:
         "raise", "An exception, NaN, inf or wrong count in a reward function: end the run, or drop the completions."
     )
     max_dropped: float = field(0.5, "Share of a step's completions that may be dropped; more ends the run, saved.")
+    stop_constant: int = field(
+        0, "End after so many steps in a row in which no reward function told two completions apart; 0: only say so."
+    )
     step_marker: str | None = field(
         None, "Text that ends a step of a completion, for reward functions that score steps; such as a line break."
     )
@@ -99,6 +106,12 @@ class TrainConfig:
     max_tokens_per_micro_batch: int = field(
         8192, "Memory knob: tokens of one forward and backward pass on one process. Does not change the gradient."
     )
+    trainable_layers: int | None = field(
+        None, "Train the top so many layers only; what those below say is computed once a rollout. Default: all."
+    )
+    trust_sampler: bool = field(
+        True, "Old log-probs are those of sampling, where the first step shows that scoring gives the same (fp32)."
+    )
     bf16: bool = field(False, "bfloat16 autocast (needs hardware that has it). Log-probs stay fp32.")
     use_cpu: bool = field(False, "Stay on the CPU even when there is an accelerator.")
     torch_threads: int | None = field(None, "CPU threads per process. Default: all cores, shared by the processes.")
@@ -110,10 +123,11 @@ class TrainConfig:
     eval_steps: int = field(0, "Evaluate on eval_dataset every so many steps; 0: only when asked.")
     eval_on_start: bool = field(False, "Evaluate before the first step.")
     keep_best_by: str | None = field(
-        None, "Metric of evaluations; the best model by it is kept in output_dir/best. Such as eval_scores/judge_b."
+        None,
+        "Metric of evaluations (see eval_steps), as eval_scores/judge_b; the best by it is kept in output_dir/best.",
     )
     stop_overoptimized: int = field(
-        0, "End after so many evaluations in a row in which eval_score rose and keep_best_by fell; 0: only say so."
+        0, "End after so many evaluations in a row with eval_score above and keep_best_by below the best; 0: say so."
     )
     report_to: list[str] = field(["none"], "Accelerate trackers: tensorboard, wandb, trackio, … or none.")
     disable_tqdm: bool = field(False, "Plain lines instead of the live view.")
@@ -163,8 +177,15 @@ class TrainConfig:
             f"stop_overoptimized={self.stop_overoptimized} compares eval_score with another metric; name it with "
             "keep_best_by, such as 'eval_scores/judge_b'",
         )
-        for name in ("eval_steps", "save_steps", "completions_steps", "warmup_steps", "stop_overoptimized"):
+        switches = ("eval_steps", "save_steps", "completions_steps", "warmup_steps", "stop_overoptimized")
+        for name in (*switches, "stop_constant"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
+        require(
+            self.keep_best_by is None or 0 < self.eval_steps <= self.max_steps,
+            f"keep_best_by={self.keep_best_by!r} keeps the best of the evaluations during training, and eval_steps="
+            f"{self.eval_steps} schedules none in max_steps={self.max_steps}; set eval_steps, such as "
+            f"{max(1, self.max_steps // 10)}",
+        )
         require(
             self.save_total_limit is None or self.save_total_limit >= 1,
             f"save_total_limit={self.save_total_limit} must be at least 1, or absent to keep all",
@@ -331,12 +352,12 @@ def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """For scripts: a ConfigError ends the program with its sentence and exit status 2, without a traceback."""
+    """For scripts: a ConfigError ends the program with its sentence and exit status 2, a GuardStop with 3."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, GuardStop) as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 3)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import get_scheduler
 
 from hfpg.config import TrainConfig, require
+from hfpg.linear import onednn_linears
 from hfpg.models import ActorCritic, Reference
+from hfpg.ops.direct import adding_to
 from hfpg.ops.keyed import permutation
 from hfpg.ops.masked import Aggregation, extent, token_coefficients
 from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
@@ -40,6 +42,8 @@ class OldScores(NamedTuple):
     ref_logprobs: Tensor | None
     values: Tensor | None
     last_values: Tensor | None
+    prompt_states: Tensor | None = None  # [B, P, H], [B, C, H]: what the frozen layers say
+    completion_states: Tensor | None = None
 
 
 class Learner:
@@ -67,6 +71,7 @@ class Learner:
             parameter_groups(actor, args),
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
+            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(actor, optimizer)
         self.start_schedule(turn=0)
@@ -74,32 +79,61 @@ class Learner:
     # ── scoring
 
     @torch.no_grad()
-    def score(self, samples: R, with_last_values: bool = False) -> OldScores:
+    def score(self, samples: R, with_last_values: bool = False, given: OldScores | None = None) -> OldScores:
         """log π_old, entropy, log π_ref and V(s_t) of samples, each [B, C]; the latter two None where absent.
 
         `with_last_values`: also V after the last chosen token, [B]. The same forward that trains, so the ratio of the
-        first minibatch is 1 up to rounding.
+        first minibatch is 1 up to rounding. `given`: what is known already (see `captured`) and is not computed again.
         """
-        shape, device = samples.completion_ids.shape, samples.completion_ids.device
-        found: dict[str, Tensor] = {}
+        found = {} if given is None else {name: x for name, x in given._asdict().items() if x is not None}
 
-        def put(name: str, rows: Tensor, values: Tensor | None) -> None:
-            if values is None:
-                return
-            size = shape if values.dim() == 2 else shape[:1]
-            target = found.setdefault(name, torch.zeros(size, device=device, dtype=values.dtype))
-            target[(rows, slice(values.shape[1])) if values.dim() == 2 else rows] = values
+        def put(name: str, rows: Tensor, values: Tensor) -> None:
+            like: Tensor = samples.prompt_ids if name.startswith("prompt_") else samples.completion_ids
+            size = (*like.shape[: values.dim()], *values.shape[2:])
+            target = found.setdefault(name, values.new_zeros(size))
+            if values.dim() == 1:
+                target[rows] = values
+            elif name.startswith("prompt_"):
+                target[rows, -values.shape[1] :] = values
+            else:
+                target[rows, : values.shape[1]] = values
 
-        budget = 4 * self.args.max_tokens_per_micro_batch
-        for rows in micro_batches(samples.prompt_mask.sum(1), extent(samples.completion_mask), budget):
+        for rows in self.micro_batches(samples, 4 * self.args.max_tokens_per_micro_batch):
             inputs = model_inputs(trim(samples.take(rows)), self.args.temperature)
-            with self.accelerator.autocast():
-                scored = self.actor(**inputs, with_entropy=True, with_last_values=with_last_values)
-                reference = None if self.reference is None else self.reference.logprobs(**inputs)
-            said = scored._asdict() | {"ref_logprobs": reference}
-            for name in OldScores._fields:
-                put(name, rows, None if said[name] is None else said[name].to(scored.logprobs.dtype))
+            with self.accelerator.autocast(), onednn_linears(self.actor):
+                said = self._said(inputs, with_last_values, given)
+            for name, values in said.items():
+                put(name, rows, values.to(torch.promote_types(values.dtype, torch.float32)))
         return OldScores(**{name: found.get(name) for name in OldScores._fields})  # type: ignore[arg-type]
+
+    def _said(self, inputs: dict[str, Any], with_last_values: bool, given: OldScores | None) -> dict[str, Tensor]:
+        """What the forward passes of policy, value function and reference say that is not known yet."""
+        said: dict[str, Tensor | None] = {}
+        if self.actor.frozen_layers and inputs["prompt_states"] is None:
+            inputs |= dict(zip(("prompt_states", "completion_states"), self.actor.states(**inputs), strict=True))
+        if given is None:
+            scored = self.actor(**inputs, with_entropy=True, with_last_values=with_last_values)
+            said = {name: getattr(scored, name, None) for name in OldScores._fields}
+        elif self.actor.value is not None and given.values is None:
+            said["values"] = self.actor.values(**inputs)
+        if self.reference is not None:
+            said["ref_logprobs"] = self.reference.logprobs(**inputs)
+        if self.actor.frozen_layers:
+            said |= {name: inputs[name] for name in ("prompt_states", "completion_states")}
+        return {name: values for name, values in said.items() if values is not None}
+
+    def gap(self, samples: R) -> float:
+        """Largest difference, over all ranks, between what the sampler captured and what the scoring forward says."""
+        given, scored, worst = captured(samples), self.score(samples), 0.0
+        if given is None:
+            worst = math.inf
+        elif given.logprobs.numel():
+            worst = float((given.logprobs - scored.logprobs).abs().max())
+            for a, b in ((given.entropy, scored.entropy), (given.values, scored.values)):
+                if a is not None and b is not None:  # their rounding grows with their size
+                    worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1)))
+        gaps = torch.tensor([worst if worst < math.inf else math.inf], device=self.accelerator.device)
+        return float(self.accelerator.gather(gaps).max())
 
     # ── training
 
@@ -116,6 +150,7 @@ class Learner:
         with_entropy: bool = False,
         with_kl: bool = False,
         train: Trained = "all",
+        skip_zero: bool = False,
     ) -> dict[str, float]:
         """`epochs` passes over the rollout in `minibatches` optimizer steps each.
 
@@ -123,7 +158,8 @@ class Learner:
         when a minibatch's mean `kl_to_old` exceeds `max_kl` (that minibatch is not stepped on), or its gradient is not
         finite (skipped; parameters are left as they are). A minibatch without a row that counts is passed over; where
         none has one, the update is skipped. `train="value"` leaves the policy as it is. `with_kl`: the loss gets the
-        exact KL to the reference. Returns metrics averaged over the minibatches done.
+        exact KL to the reference. `skip_zero`: the loss is advantage times something, so rows whose advantages are all
+        0 add exactly nothing and are left out, of the metrics too. Returns metrics averaged over the minibatches done.
         """
         totals: dict[str, float] = {}
         steps, ended = 0, ""
@@ -134,7 +170,7 @@ class Learner:
                 if not rollout.weights[rows].any():
                     continue  # nobody scored any of these: there is nothing to step on
                 metrics, largest = self.gradient(
-                    rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy, with_kl
+                    rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy, with_kl, skip_zero
                 )
                 if train == "value":
                     self.forget_policy_gradient()
@@ -167,6 +203,7 @@ class Learner:
         aggregation: Aggregation,
         with_entropy: bool = False,
         with_kl: bool = False,
+        skip_zero: bool = False,
     ) -> tuple[dict[str, float], float]:
         """Accumulate the gradient of one minibatch (the same rows on every rank) in `.grad`, before clipping.
 
@@ -175,8 +212,11 @@ class Learner:
         """
         world, longest = self.accelerator.num_processes, self.args.max_completion_length
         coefficients = token_coefficients(rollout.completion_mask, rollout.weights, aggregation, longest)
-        means = token_coefficients(rollout.completion_mask, rollout.weights, "token_mean")
-        batches = self.shares(rollout)
+        counting = rollout.weights > 0
+        if skip_zero:
+            counting = counting & torch.where(rollout.completion_mask, estimates.advantages != 0, False).any(1)
+        means = token_coefficients(rollout.completion_mask, rollout.weights * counting, "token_mean")
+        batches = self.shares(rollout, counting)
         if not batches:  # every rank takes part in the reduction: a row that counts for nothing
             batches, coefficients, means = [torch.tensor([0])], coefficients * 0, means * 0
         sums: dict[str, Tensor] = {}
@@ -189,7 +229,9 @@ class Learner:
                 credit = clip_columns(estimates.take(rows), width)
                 inputs = model_inputs(part, self.args.temperature)
                 reference = self.reference if with_kl else None
-                new = self.model(**inputs, with_entropy=with_entropy, reference=reference)
+                direct = self.actor.large_matrices() if world == 1 else []
+                with adding_to(*direct), onednn_linears(self.actor):
+                    new = self.model(**inputs, with_entropy=with_entropy, reference=reference)
                 token = loss(new, part, credit)
                 weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
                 total = weighted.sum()
@@ -211,13 +253,19 @@ class Learner:
         reduced = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="sum")
         return dict(zip(names, reduced.tolist(), strict=True)), float(self.accelerator.gather(largest[None]).max())
 
-    def shares(self, rollout: Rollout) -> list[Tensor]:
+    def shares(self, rollout: Rollout, counts: Bool[Tensor, " B"] | None = None) -> list[Tensor]:
         """The rows that this rank trains, in micro-batches. Rows of weight 0 add exactly nothing and are left out."""
-        counting = (rollout.weights > 0).nonzero()[:, 0].cpu()
+        counting = (rollout.weights > 0 if counts is None else counts).nonzero()[:, 0].cpu()
         dealt = balance(rollout.lengths[counting], self.accelerator.num_processes)
         mine = counting[dealt[self.accelerator.process_index]]
-        lengths = rollout.prompt_mask.sum(1)[mine], extent(rollout.completion_mask)[mine]
-        return [mine[part] for part in micro_batches(*lengths, self.args.max_tokens_per_micro_batch)]
+        return [mine[part] for part in self.micro_batches(rollout.take(mine), self.args.max_tokens_per_micro_batch)]
+
+    def micro_batches(self, rows: Samples | Rollout, max_tokens: int) -> list[Tensor]:
+        """Parts of the rows whose forward pass has at most `max_tokens` positions (one row at least)."""
+        lengths = rows.prompt_mask.sum(1), extent(rows.completion_mask)
+        if self.actor.packs:
+            return packed_batches(*lengths, rows.group_ids, max_tokens)
+        return micro_batches(*lengths, max_tokens)
 
     def forget_policy_gradient(self) -> None:
         """Drop what was accumulated for the policy: the next step trains the value function alone."""
@@ -310,6 +358,8 @@ def model_inputs(rows: Samples | Rollout, temperature: float) -> dict[str, Any]:
         "completion_mask": rows.completion_mask,
         "temperature": temperature,
         "kept": rows.kept,
+        "prompt_states": getattr(rows, "prompt_states", None),
+        "completion_states": getattr(rows, "completion_states", None),
     }
 
 
@@ -348,6 +398,39 @@ def micro_batches(prompt: Int[Tensor, " N"], completion: Int[Tensor, " N"], max_
             batches.append([row])
             width = sizes[row]
     return [torch.tensor(batch) for batch in batches]
+
+
+def packed_batches(
+    prompt: Int[Tensor, " N"], completion: Int[Tensor, " N"], groups: Int[Tensor, " N"], max_tokens: int
+) -> list[Tensor]:
+    """Like `micro_batches` for rows without padding, of which those of one group share the positions of the prompt."""
+    by_group: dict[int, list[int]] = {}
+    for row, group in enumerate(groups.tolist()):
+        by_group.setdefault(group, []).append(row)
+    prompts, completions = prompt.tolist(), completion.tolist()
+    longest = {group: max(prompts[i] + completions[i] for i in rows) for group, rows in by_group.items()}
+    batches: list[list[int]] = []
+    sizes: dict[int, int] = {}
+    size = 0
+    for group in sorted(by_group, key=lambda group: longest[group]):  # sorted: long rows among short ones cost more
+        shared = False
+        for row in by_group[group]:
+            more = completions[row] + (0 if shared else prompts[row])
+            if not batches or size + more > max_tokens:
+                batches.append([])
+                size, more = 0, prompts[row] + completions[row]
+            batches[-1].append(row)
+            size, shared = size + more, True
+            sizes[len(batches) - 1] = size
+    # the largest first: memory that it leaves behind holds each of the others
+    return [torch.tensor(batches[i]) for i in sorted(sizes, key=lambda i: -sizes[i])]
+
+
+def captured(samples: Samples | Rollout) -> OldScores | None:
+    """What the engine said of its own tokens while it drew them, where that is log μ and the entropy at least."""
+    if samples.sampler_logprobs is None or samples.sampler_entropy is None:
+        return None
+    return OldScores(samples.sampler_logprobs, samples.sampler_entropy, None, samples.sampler_values, None)
 
 
 def balance(lengths: Int[Tensor, " N"], world: int) -> list[Tensor]:

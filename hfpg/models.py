@@ -21,10 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
+from hfpg.frozen import frozen_layers, resumes, skipping, states_below
+from hfpg.linear import onednn_linears
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
+from hfpg.ops.direct import is_direct, look_up
+from hfpg.ops.head import head_scores
 from hfpg.ops.kl import full as full_kl
 from hfpg.ops.logprobs import (
     CHUNK_ELEMENTS,
@@ -34,7 +39,7 @@ from hfpg.ops.logprobs import (
     sampling_logits,
     score_in_chunks,
 )
-from hfpg.ops.masked import extent
+from hfpg.ops.packing import Layout, packed, padded
 from hfpg.pretrained import causal_lm, is_peft, load_policy, load_pretrained
 from hfpg.types import Scored
 
@@ -43,14 +48,6 @@ logger = logging.getLogger(__name__)
 
 ValueKind = Literal["shared", "separate"]
 PROBE_TOLERANCE = 1e-4  # relative; fp32 rounding between two orders of the same sums is some 1e-6
-
-
-# ── positions ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def positions(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Position of every token counted over real tokens. GPT-2 under left padding is off by nats without it."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def predicts(x: Tensor, completion_length: int) -> Tensor:
@@ -80,7 +77,9 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy.eval()
         lm = causal_lm(policy)
+        fuse_activations(lm)
         self.vocabulary: int = lm.get_input_embeddings().weight.shape[0]
+        self.hidden_size: int = getattr(lm.config, "hidden_size", lm.get_input_embeddings().weight.shape[1])
         self.takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(lm.forward).parameters
         self.value: ValueHead | None = None
@@ -89,9 +88,13 @@ class ActorCritic(nn.Module):
             batch = self._probe_batch()
             self._refuse_non_causal(*batch)
         self.chunked_head = self._chunked_head_agrees(*batch)
+        self.takes_embeddings = self._takes_embeddings(batch[0])
+        self.packs = self.chunked_head and self._packing_agrees()
+        self.frozen_layers = self._frozen_layers(batch[0])
         if value is not None:
             width = self._head_input_width(*batch)
-            trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
+            frozen = {id(p): p for p in lm.parameters() if not p.requires_grad}  # one copy is enough
+            trunk = copy.deepcopy(lm.base_model, frozen) if value == "separate" else None
             self.value = ValueHead(width, trunk).to(next(lm.parameters()).device)
         self.eval()
 
@@ -119,58 +122,129 @@ class ActorCritic(nn.Module):
         with_last_values: bool = False,
         reference: Reference | ActorCritic | None = None,
         reverse: bool = False,
+        prompt_states: Float[Tensor, "B P H"] | None = None,
+        completion_states: Float[Tensor, "B C H"] | None = None,
     ) -> Scored:
         """Log-probabilities, entropy and values of given completions, each [B, C], 0 outside `completion_mask`.
 
         log-probs are those of the distribution that is sampled from: temperature applied, renormalised over `kept`
         (bits packed, see `hfpg.ops.logprobs`). Values are V(s_t), read before token t; `with_last_values` adds V after
         the last chosen token. With a `reference` there is `kl`, the exact KL(π ‖ reference) of every position, or
-        KL(reference ‖ π) with `reverse`. A gap in `completion_mask` was not chosen, but it was read: tokens after it
+        KL(reference ‖ π) with `reverse`. States are what `states` gave for these rows: frozen layers are not computed
+        again. A gap in `completion_mask` was not chosen, but it was read: tokens after it
         attend to it.
         """
-        length = completion_ids.shape[1]
-        read = torch.arange(length, device=completion_mask.device) < extent(completion_mask)[:, None]
-        inputs = self._inputs(torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, read], 1))
         other = None if reference is None else Frozen(reference, reverse)
-        whole = None
-        if self.chunked_head and (other is None or other.scorer.chunked_head):
-            whole = causal_lm(self.policy).base_model(**inputs).last_hidden_state
-            logprobs, entropies, kl = self._score_in_chunks(
-                inputs, whole, completion_ids, completion_mask, temperature, kept, with_entropy, other
-            )
+        chunked = self.chunked_head and (other is None or other.scorer.chunked_head)
+        may_pack = chunked and self.packs and (other is None or other.scorer.packs)
+        layout = self.layout(prompt_ids, prompt_mask, completion_ids, completion_mask, may_pack)
+        states = None
+        if prompt_states is not None and completion_states is not None:
+            states = layout.lay(torch.cat([prompt_states, completion_states], 1))
+        given = (completion_ids, completion_mask, temperature, kept, with_entropy, other)
+        if chunked:
+            whole = self._trunk(causal_lm(self.policy).base_model, layout, states)
+            logprobs, entropies, kl = self._score_in_chunks(layout, states, whole, *given)
         else:
-            logprobs, entropies, kl, whole = self._score_by_model(
-                inputs, completion_ids, completion_mask, temperature, kept, with_entropy, other
-            )
+            logprobs, entropies, kl, whole = self._score_by_model(self._inputs(layout), states, *given)
         if self.value is None or not with_values:
             return Scored(logprobs, entropies, None, kl)
         if self.value.trunk is not None:
-            whole = self.value.trunk(**inputs).last_hidden_state
-        values = _unflatten(self.value(predicts(whole, length)[completion_mask]), completion_mask)
-        last_values = None
-        if with_last_values:  # the state after the last chosen token, or after the prompt where there is none
-            rows = torch.arange(len(whole), device=whole.device)
-            last_values = self.value(whole[rows, whole.shape[1] - length - 1 + extent(completion_mask)])
+            whole = self._trunk(self.value.trunk, layout, states)
+        values = _unflatten(self.value(whole[layout.source]), completion_mask)
+        # the state after the last chosen token, or after the prompt where there is none
+        last_values = self.value(whole[layout.last]) if with_last_values else None
         return Scored(logprobs, entropies, values, kl, last_values)
+
+    def values(
+        self,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Bool[Tensor, "B P"],
+        completion_ids: Int[Tensor, "B C"],
+        completion_mask: Bool[Tensor, "B C"],
+        prompt_states: Float[Tensor, "B P H"] | None = None,
+        completion_states: Float[Tensor, "B C H"] | None = None,
+        **_: Any,
+    ) -> Float[Tensor, "B C"]:
+        """V(s_t) of a separate value function, without a look at the policy; arguments as for `forward`."""
+        assert self.value is not None and self.value.trunk is not None
+        layout = self.layout(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        states = None
+        if prompt_states is not None and completion_states is not None:
+            states = layout.lay(torch.cat([prompt_states, completion_states], 1))
+        whole = self._trunk(self.value.trunk, layout, states)
+        return _unflatten(self.value(whole[layout.source]), completion_mask)
+
+    @torch.no_grad()
+    def states(
+        self,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Bool[Tensor, "B P"],
+        completion_ids: Int[Tensor, "B C"],
+        completion_mask: Bool[Tensor, "B C"],
+        **_: Any,
+    ) -> tuple[Float[Tensor, "B P H"], Float[Tensor, "B C H"]]:
+        """What the frozen layers say of prompts and completions; the same for every policy that learns above them."""
+        layout = self.layout(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        trunk = causal_lm(self.policy).base_model
+        both = layout.pick(states_below(trunk, self.frozen_layers, self._inputs(layout)))
+        return both[:, : prompt_ids.shape[1]], both[:, prompt_ids.shape[1] :]
+
+    def layout(
+        self,
+        prompt_ids: Int[Tensor, "B P"],
+        prompt_mask: Bool[Tensor, "B P"],
+        completion_ids: Int[Tensor, "B C"],
+        completion_mask: Bool[Tensor, "B C"],
+        may_pack: bool = True,
+    ) -> Layout:
+        """How rows go through the trunk: packed where the model allows it and it saves positions, or padded."""
+        rows = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        found = packed(*rows, self.hidden_size) if may_pack and self.packs else None
+        return padded(*rows) if found is None else found
 
     # ── how the model is called
 
-    def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+    def _inputs(self, layout: Layout) -> dict[str, Any]:
+        mask = layout.mask
+        if mask.dim() == 2:
+            mask = mask.long()
+        elif causal_lm(self.policy).config._attn_implementation == "eager":  # adds its mask to the scores
+            dtype = causal_lm(self.policy).dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        inputs: dict[str, Any] = {"input_ids": layout.ids, "attention_mask": mask, "use_cache": False}
         if self.takes_positions:
-            inputs["position_ids"] = positions(mask)
+            inputs["position_ids"] = layout.positions
         return inputs
 
-    def _model_logits(self, inputs: dict[str, Any], length: int) -> Tensor:
+    def _trunk(self, trunk: Any, layout: Layout, states: Tensor | None) -> Float[Tensor, "N H"]:
+        """Hidden states of all positions, R · L = N of them; from the states of frozen layers where they are given."""
+        inputs = self._inputs(layout)
+        matrix = causal_lm(self.policy).get_input_embeddings().weight
+        if self.takes_embeddings and is_direct(matrix) and trunk is causal_lm(self.policy).base_model:
+            inputs["inputs_embeds"] = look_up(matrix, inputs.pop("input_ids"))
+        with skipping(trunk, 0, 0 if states is None else self.frozen_layers, states):
+            return trunk(**inputs).last_hidden_state.flatten(0, 1)
+
+    def large_matrices(self) -> list[Tensor]:
+        """The embeddings and the LM head of the policy (one matrix, where they are tied), if this module uses them."""
+        lm = causal_lm(self.policy)
+        head = lm.get_output_embeddings() if self.chunked_head else None
+        found = [lm.get_input_embeddings().weight] if self.takes_embeddings else []
+        return found + ([head.weight] if type(head) is nn.Linear else [])
+
+    def _model_logits(self, inputs: dict[str, Any], length: int, states: Tensor | None = None) -> Tensor:
         """Logits [B, C, V] that predict the last `length` tokens, by the model's own forward."""
         lm = causal_lm(self.policy)
-        if self.takes_logits_to_keep:
-            return lm(**inputs, logits_to_keep=length + 1).logits[:, :-1]
-        return predicts(lm(**inputs).logits, length)
+        with skipping(lm.base_model, 0, 0 if states is None else self.frozen_layers, states):
+            if self.takes_logits_to_keep:
+                return lm(**inputs, logits_to_keep=length + 1).logits[:, :-1]
+            return predicts(lm(**inputs).logits, length)
 
     def _score_in_chunks(
         self,
-        inputs: dict[str, Any],
+        layout: Layout,
+        states: Tensor | None,
         whole: Tensor,
         tokens: Tensor,
         mask: Tensor,
@@ -179,13 +253,17 @@ class ActorCritic(nn.Module):
         with_entropy: bool,
         other: Frozen | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores [B, C] from the hidden states of all positions [B, T, H], by the LM head in chunks."""
-        head, hidden = causal_lm(self.policy).get_output_embeddings(), predicts(whole, tokens.shape[1])[mask]
+        """Scores [B, C] from the hidden states of all positions [R·L, H], by the LM head in chunks."""
+        head, hidden = causal_lm(self.policy).get_output_embeddings(), whole[layout.source]
         picked = None if kept is None else kept[mask]
-        flat, spread = score_in_chunks(head, hidden, tokens[mask], self.vocabulary, temperature, picked, with_entropy)
+        if is_plain(head, hidden):
+            flat, spread = head_scores(hidden, head.weight, head.bias, tokens[mask], temperature, picked, with_entropy)
+        else:
+            chosen = (tokens[mask], self.vocabulary, temperature, picked, with_entropy)
+            flat, spread = score_in_chunks(head, hidden, *chosen)
         kl = None
         if other is not None:
-            theirs = predicts(other.hidden(inputs), tokens.shape[1])[mask]
+            theirs = other.hidden(layout, states)[layout.source]
             chunks = (head, hidden, other.head, theirs, self.vocabulary, temperature, picked, other.reverse)
             kl = _unflatten(kl_in_chunks(*chunks), mask)
         return _unflatten(flat, mask), None if spread is None else _unflatten(spread, mask), kl
@@ -193,6 +271,7 @@ class ActorCritic(nn.Module):
     def _score_by_model(
         self,
         inputs: dict[str, Any],
+        states: Tensor | None,
         tokens: Tensor,
         mask: Tensor,
         temperature: float,
@@ -204,24 +283,26 @@ class ActorCritic(nn.Module):
 
         Rows go through in groups small enough for their logits to fit one chunk of memory; with more than one group
         the backward pass runs the group again instead of keeping its logits. Returns log-probs, entropy, KL [B, C] and
-        what the head read at the last C + 1 positions.
+        what the head read at all positions [B·T, H].
         """
         length = tokens.shape[1]
         size = max(1, 4 * CHUNK_ELEMENTS // (self.vocabulary * (length + 1)))
 
         def score(rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
             part = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            below = None if states is None else states[rows]
             with captured_head_input(causal_lm(self.policy)) as captured:
-                logits = self._model_logits(part, length)
+                logits = self._model_logits(part, length, below)
             chosen = mask[rows]
             keep = None if kept is None else kept[rows][chosen]
             flat = sampling_logits(logits[chosen], temperature, keep)
             spread = _unflatten(entropy(flat), chosen) if with_entropy else None
             kl = None
             if other is not None:
-                theirs = sampling_logits(other.logits(part, length)[chosen], temperature, keep)
+                theirs = sampling_logits(other.logits(part, length, below)[chosen], temperature, keep)
                 kl = _unflatten(full_kl(theirs, flat) if other.reverse else full_kl(flat, theirs), chosen)
             read = captured[0][:, -length - 1 :] if captured else logits
+            read = nn.functional.pad(read, (0, 0, part["input_ids"].shape[1] - read.shape[1], 0))
             return _unflatten(chosen_logprobs(flat, tokens[rows][chosen]), chosen), spread, kl, read
 
         groups = [slice(i, i + size) for i in range(0, len(tokens), size)]
@@ -230,7 +311,7 @@ class ActorCritic(nn.Module):
         logprobs, spread, kl, read = (
             None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
         )
-        return logprobs, spread, kl, read  # type: ignore[return-value]
+        return logprobs, spread, kl, read.flatten(0, 1)  # type: ignore[return-value,union-attr]
 
     # ── probes: a look at the model before anything is built on it
 
@@ -240,7 +321,7 @@ class ActorCritic(nn.Module):
         ids = (torch.arange(12, device=device).view(2, 6) * 7 + 3) % self.vocabulary
         mask = torch.ones(2, 6, dtype=torch.bool, device=device)
         mask[1, :2] = False
-        return self._inputs(ids, mask), ids[:, 2:], mask[:, 2:]
+        return self._inputs(padded(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])), ids[:, 2:], mask[:, 2:]
 
     def _refuse_non_causal(self, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> None:
         lm, changed = causal_lm(self.policy), dict(inputs)
@@ -285,6 +366,54 @@ class ActorCritic(nn.Module):
         return all(agree)
 
     @torch.no_grad()
+    def _packing_agrees(self) -> bool:
+        """True if packed rows give the hidden states of padded ones: attention is by the mask and by nothing else."""
+        lm = causal_lm(self.policy)
+        by_mask = lm.config._attn_implementation in ("sdpa", "eager") and not has_window(lm.config)
+        if not self.takes_positions or not by_mask:
+            return False
+        device = next(self.policy.parameters()).device
+        ids = (torch.arange(36, device=device).view(4, 9) * 7 + 3) % self.vocabulary
+        ids[1, :3] = ids[0, :3]  # two completions of one prompt; all four stand in one row
+        mask = torch.arange(9, device=device) < torch.tensor([9, 6, 7, 9], device=device)[:, None]
+        mask[2, 0] = False
+        rows = ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:]
+        layouts = [padded(*rows), packed(*rows, even_if_dearer=True)]
+        try:
+            hidden = [self._trunk(lm.base_model, x, None)[x.source] for x in layouts if x is not None]
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            logger.info("the rows of %s are padded, not packed (%s)", type(lm).__name__, error)
+            return False
+        if not (agree := _close(*hidden)):
+            logger.info("%s looks further than its mask: rows are padded, not packed", type(lm).__name__)
+        return agree
+
+    @torch.no_grad()
+    def _takes_embeddings(self, inputs: dict[str, Any]) -> bool:
+        """True if the trunk is the same function of its embeddings, looked up outside, and nothing else."""
+        lm = causal_lm(self.policy)
+        embed = lm.get_input_embeddings()
+        if type(embed) is not nn.Embedding or embed.padding_idx is not None or embed.max_norm is not None:
+            return False
+        by_ids = lm.base_model(**inputs).last_hidden_state if self.chunked_head else None
+        given = {name: x for name, x in inputs.items() if name != "input_ids"}
+        try:
+            ours = lm.base_model(**given, inputs_embeds=embed(inputs["input_ids"])).last_hidden_state
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            return False
+        return by_ids is not None and _close(by_ids, ours)
+
+    def _frozen_layers(self, inputs: dict[str, Any]) -> int:
+        """Layers, from the first, that do not learn and whose output may stand for them."""
+        trunk = causal_lm(self.policy).base_model
+        count = frozen_layers(trunk)
+        found = resumes(trunk, count, inputs) if count else None
+        if count and (found is None or not _close(*found)):
+            logger.info("%s cannot go on from the states of its frozen layers", type(trunk).__name__)
+            return 0
+        return count
+
+    @torch.no_grad()
     def _head_input_width(self, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> int:
         with captured_head_input(causal_lm(self.policy)) as captured:
             self._model_logits(inputs, tokens.shape[1])
@@ -303,6 +432,36 @@ def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= PROBE_TOLERANCE * a.abs().max().clamp(min=1e-6))
+
+
+def fuse_activations(lm: nn.Module) -> None:
+    """GPT-2's GELU as one kernel: the same function, where transformers writes it as eight operations that each keep
+    a tensor for the backward pass. Weights, configuration and what is saved stay as they are."""
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU("tanh"))
+
+
+def is_plain(head: Any, hidden: Tensor) -> bool:
+    """True for a linear LM head in at least single precision that nothing is hooked to."""
+    return (
+        type(head) is nn.Linear
+        and not (head._forward_hooks or head._forward_pre_hooks or nn.utils.parametrize.is_parametrized(head))
+        and head.weight.dtype == hidden.dtype
+        and hidden.dtype.itemsize >= 4
+        and not torch.is_autocast_enabled(hidden.device.type)
+    )
+
+
+def has_window(config: Any) -> bool:
+    """True for models some of whose layers see a part of the past only, or keep it in a state: their masks say less
+    than they do, and on texts shorter than the window one does not see it."""
+    sizes = ("sliding_window", "window_size", "attention_window", "local_attention", "attention_chunk_size")
+    kinds = [*(getattr(config, "layer_types", None) or []), *(getattr(config, "attention_layers", None) or [])]
+    return any(getattr(config, name, None) for name in sizes) or any(
+        kind not in ("full_attention", "global") for kind in kinds
+    )
 
 
 @contextmanager
@@ -352,12 +511,14 @@ class Reference:
 
     def __init__(self, actor: ActorCritic, ref_model: Any = None):
         self.adapter_off = ref_model is None and is_peft(actor.policy) and self._adapter_is_inert(actor)
+        self.shares_frozen = ref_model is None  # what does not learn is the same in both
         if self.adapter_off:
             self.scorer = actor
             return
         # a copy also of a model that is given: it may be the policy itself, and it must not change
         given = actor.policy if ref_model is None else load_pretrained(ref_model)
-        policy = given if isinstance(ref_model, str) else copy.deepcopy(given)
+        frozen = {id(p): p for p in given.parameters() if not p.requires_grad and ref_model is None}
+        policy = given if isinstance(ref_model, str) else copy.deepcopy(given, frozen)
         self.scorer = ActorCritic(policy.to(next(actor.parameters()).device)).requires_grad_(False)
         require(
             self.scorer.vocabulary == actor.vocabulary,
@@ -380,7 +541,9 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, **rows: Any) -> Tensor:
         """log π_ref of given completions [B, C]; arguments as for `ActorCritic.forward`."""
-        with self.off():
+        if not self.shares_frozen:
+            rows = rows | {"prompt_states": None, "completion_states": None}
+        with self.off(), onednn_linears(self.scorer):
             return self.scorer(**rows, with_values=False).logprobs
 
 
@@ -394,12 +557,17 @@ class Frozen:
         self.reverse = reverse
         self.scorer = other.scorer if isinstance(other, Reference) else other
         self.off = other.off if isinstance(other, Reference) else nullcontext
+        self.shares_frozen = other.shares_frozen if isinstance(other, Reference) else False
 
     @torch.no_grad()
-    def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """Hidden states of all positions [B, T, H]."""
+    def hidden(self, layout: Layout, states: Tensor | None) -> Tensor:
+        """Hidden states of all positions [R·L, H]."""
         with self.off():
-            return causal_lm(self.scorer.policy).base_model(**inputs).last_hidden_state
+            return self.scorer._trunk(causal_lm(self.scorer.policy).base_model, layout, self.below(states))
+
+    def below(self, states: Tensor | None) -> Tensor | None:
+        """The states of the policy's frozen layers, where the other policy shares these layers."""
+        return states if self.shares_frozen else None
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
@@ -408,10 +576,10 @@ class Frozen:
             return causal_lm(self.scorer.policy).get_output_embeddings()(hidden)
 
     @torch.no_grad()
-    def logits(self, inputs: dict[str, Any], length: int) -> Tensor:
+    def logits(self, inputs: dict[str, Any], length: int, states: Tensor | None) -> Tensor:
         """Logits [B, C, V] by the model's own forward."""
         with self.off():
-            return self.scorer._model_logits(inputs, length)
+            return self.scorer._model_logits(inputs, length, self.below(states))
 
 
 # ── saving ─────────────────────────────────────────────────────────────────────────────────────────────────────────

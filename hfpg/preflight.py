@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import re
 import shutil
@@ -16,14 +17,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hfpg import hub
 from hfpg.checkpoint import checkpoints
-from hfpg.config import ConfigError, TrainConfig, require
+from hfpg.config import ConfigError, TrainConfig, nearest, require
 from hfpg.data import PromptData, plain_text, read_chat_template
 from hfpg.distributed import raise_together
 from hfpg.rewards import Judge, RewardError
+from hfpg.rewards.judge import DryCall, beside
 from hfpg.types import Samples
 
 
+logger = logging.getLogger(__name__)
+
 OURS = ("run.json", "metrics.jsonl", "completions.jsonl", "final", "interrupted", "best")  # beside the checkpoints
+EVALUATED = "score score_std entropy length finished unscored dropped distinct_2 top_bigram_share".split()
+"""What every evaluation measures, beside the reward functions."""
 
 
 def check_namespace(algorithm: Any) -> None:
@@ -189,12 +195,47 @@ def check_vocabulary(tokenizer: Any, vocabulary: int, stop_token_ids: list[int] 
     )
 
 
-def dry_call(judge: Judge, data: PromptData, tokenizer: Any) -> None:
-    """Call the reward functions on two rows of the data set with made-up completions."""
+def dry_call(judge: Judge, data: PromptData, tokenizer: Any, dataset: str = "data set") -> DryCall:
+    """Call the reward functions on two rows of the data set with made-up completions; warn of hidden randomness."""
     rows = [0, len(data) - 1]
     ids = tokenizer(["good", "a fine answer"], add_special_tokens=False).input_ids
     columns = {name: [values[i] for i in rows] for name, values in data.columns.items()}
-    judge.dry_call([data.prompts[i] for i in rows], [list(i) for i in ids], columns)
+    said = judge.dry_call([data.prompts[i] for i in rows], [list(i) for i in ids], columns, dataset)
+    for name in said.unsteady:
+        logger.warning(
+            "reward function %r scored the same completions differently when it was asked again: a resumed run is not "
+            "the unbroken one, and no baseline takes such noise away; give it a seed",
+            name,
+        )
+    return said
+
+
+def dry_calls(judge: Judge, train: PromptData, held_out: PromptData | None, tokenizer: Any) -> DryCall:
+    """The dry call on the training rows, and on held-out ones whose columns are others."""
+    said = dry_call(judge, train, tokenizer)
+    if held_out is not None and held_out.columns.keys() != train.columns.keys():
+        dry_call(judge, held_out, tokenizer, "eval data set")
+    return said
+
+
+def check_keep_best(args: TrainConfig, algorithm: Any, judge: Judge, logged: list[str]) -> None:
+    """`keep_best_by` must be what evaluations measure: `logged` are the names that log_metric has had so far."""
+    if args.keep_best_by is None:
+        return
+    judges = [f"eval_scores/{name}" for name in judge.names]
+    own = [*(f"scores/{name}" for name in judge.names), *EVALUATED, *(["kl_to_ref"] if algorithm.kl_coef > 0 else [])]
+    known = [f"eval_{name}" for name in (*own, *beside(own, dict.fromkeys(logged)))]
+    name = args.keep_best_by
+    require(
+        name in known,
+        f"keep_best_by={name!r} is no metric of an evaluation{nearest(name, known)}; there are {known} (and what "
+        "log_metric gets in every call, also the dry call before training)",
+    )
+    require(
+        args.stop_overoptimized == 0 or name in judges,
+        f"stop_overoptimized={args.stop_overoptimized} compares the scores of held-out prompts, and keep_best_by="
+        f"{name!r} is no judge's; use one of {judges}, such as a function of weight 0",
+    )
 
 
 def check_generator(generator: Any, algorithm: Any) -> None:

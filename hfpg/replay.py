@@ -70,7 +70,12 @@ class Replay:
     def turn(self, rollout: Rollout) -> None:
         """A step is done: keep its rollout for the coming ones, in place of the oldest."""
         if self.size:
-            kept = replace(rollout, behaviour_logprobs=rollout.sampler_logprobs)
+            kept = replace(
+                rollout,
+                behaviour_logprobs=rollout.sampler_logprobs,
+                prompt_states=None,  # large, and soon made again
+                completion_states=None,
+            )
             self.rollouts = [*self._kept, kept][-self.size :]
 
     def state(self) -> dict[str, Tensor]:

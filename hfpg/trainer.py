@@ -26,25 +26,29 @@ from hfpg.checkpoint import (
     set_aside,
 )
 from hfpg.collector import Collector
-from hfpg.config import TrainConfig, require
+from hfpg.config import GuardStop, TrainConfig, require
 from hfpg.data import PromptData, share, step_ends
-from hfpg.distributed import gather_rows, launch, raise_together
+from hfpg.distributed import launch, raise_together
 from hfpg.events import Events
+from hfpg.frozen import freeze_below
 from hfpg.generation.hf import HFGenerator
 from hfpg.interrupt import saving_first
-from hfpg.learner import Learner, balance
+from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.replay import Replay
 from hfpg.report.card import CardFacts, model_card
 from hfpg.report.clock import Clock
 from hfpg.report.completions import describe_evaluation, records, shown
+from hfpg.report.floor import Floor
 from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
-from hfpg.report.watch import Watch, seen
+from hfpg.report.watch import CONSTANT_STEPS, IN_A_ROW, Column, Constant, Watch, constant, seen
+from hfpg.rescorer import Rescorer
 from hfpg.rewards import Judge
 from hfpg.rewards.check import look
+from hfpg.rewards.judge import beside
 from hfpg.types import Prompts, Rollout, Samples, Scores
 
 
@@ -110,7 +114,8 @@ class PolicyGradientTrainer:
             on_error=args.reward_on_error,
             step_ends=ends,
         )
-        preflight.dry_call(self.judge, self.train_data, self.processing_class)
+        said = preflight.dry_calls(self.judge, self.train_data, self.eval_data, self.processing_class)
+        preflight.check_keep_best(args, algorithm, self.judge, said.logged)
         if getattr(algorithm, "extra_baseline", None) == "input":
             preflight.check_input_baseline(self.judge, self.train_data)
         self.model_name = preflight.name_of(model)
@@ -120,6 +125,8 @@ class PolicyGradientTrainer:
         find_checkpoint(args.resume_from_checkpoint, self.output_dir)  # refuses a path that is no checkpoint
 
         policy = load_policy(model, peft_config=peft_config, **load).to(self.accelerator.device)
+        if args.trainable_layers is not None:
+            freeze_below(policy, args.trainable_layers)
         actor = ActorCritic(policy, algorithm.value)
         preflight.check_vocabulary(self.processing_class, actor.vocabulary, args.stop_token_ids)
         self.value_head_from = find_value_head(model, algorithm.value, args.model_revision)
@@ -142,6 +149,7 @@ class PolicyGradientTrainer:
             stop_strings=args.stop_strings,
             generation_kwargs=args.generation_kwargs,
             max_tokens=4 * args.max_tokens_per_micro_batch,
+            value_head=actor.value if actor.value_kind == "shared" else None,
         )
         preflight.check_generator(generator, algorithm)
         self.collector = Collector(
@@ -158,6 +166,8 @@ class PolicyGradientTrainer:
         self.accelerator.project_configuration.set_directories(str(self.output_dir))
         self.recorder = Recorder(self.output_dir, self.accelerator, args.run_name or self.output_dir.name)
         self.terminal = Terminal(args.max_steps, plain=args.disable_tqdm, quiet=not self.accelerator.is_main_process)
+        self.rescorer = Rescorer(self.learner, algorithm, generator, self.clock, lambda: self.run, self.terminal.say)
+        self.floor = Floor(actor, self.accelerator, getattr(algorithm, "epochs", 1), self.reference is not None)
         self.replay = Replay(getattr(algorithm, "replay", 0), self.terminal.say)
         self.evaluations: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
@@ -166,6 +176,8 @@ class PolicyGradientTrainer:
         self._saved_step = -1
         self._claimed = False  # the run's folder is ours to write in: fresh, or resumed
         self._unseen = True  # nobody has looked at a score yet
+        self._dropped = False  # it was said that failures drop completions
+        self._constant: Constant = {}  # reward functions that tell nothing apart
         self._updating = False
 
     def _data(self, dataset: Any, args: TrainConfig, config: Any) -> PromptData:
@@ -230,30 +242,13 @@ class PolicyGradientTrainer:
         if getattr(self.algorithm, "off_policy", "none") == "none":
             return rollout, {}
         rollout = dataclasses.replace(rollout, behaviour_logprobs=rollout.sampler_logprobs)
-        together, metrics = self.replay.add_to(rollout, self._score_again)
+        together, metrics = self.replay.add_to(rollout, self.rescorer.again)
         return together, metrics
-
-    def _score_again(self, stored: Rollout) -> Rollout:
-        """A stored rollout by the policy as it is now, on every rank."""
-        with self.clock.phase("rescore"):
-            rows = balance(stored.lengths, self.accelerator.num_processes)[self.accelerator.process_index]
-            return gather_rows(self.accelerator, self._scored(stored.take(rows)))
-
-    def _scored(self, rows: Rollout) -> Rollout:
-        old = self.learner.score(rows, getattr(self.algorithm, "truncation", "terminal") == "bootstrap")
-        return dataclasses.replace(
-            rows,
-            old_logprobs=old.logprobs,
-            entropy=old.entropy,
-            ref_logprobs=old.ref_logprobs,
-            values=old.values,
-            last_values=old.last_values,
-        )
 
     def _stop_if_stuck(self, failed: bool) -> None:
         self._without_step = self._without_step + 1 if failed else 0
         if self._without_step >= 3:
-            raise RuntimeError(
+            raise GuardStop(
                 "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "
                 "look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
             )
@@ -274,16 +269,7 @@ class PolicyGradientTrainer:
 
     def rescore(self, samples: Samples, scores: Scores) -> Rollout:
         """The Rollout: old and reference log-probs, entropy and values by the forward that trains, on every rank."""
-        with self.clock.phase("rescore"):
-            nothing = torch.zeros(samples.completion_ids.shape, device=samples.completion_ids.device)
-            judged = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
-            mine = Rollout(
-                **{f.name: getattr(samples, f.name) for f in dataclasses.fields(samples)},
-                **{name: value for name, value in judged.items() if name not in ("by_function", "extra")},
-                old_logprobs=nothing,
-                entropy=nothing,
-            )
-            return gather_rows(self.accelerator, self._scored(mine))
+        return self.rescorer.rollout(samples, scores)
 
     @torch.no_grad()
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
@@ -306,8 +292,9 @@ class PolicyGradientTrainer:
         self.events.fire("on_prediction_step")
         in_order = rollout.take(torch.argsort(rollout.sample_ids, descending=True))
         rows = shown(in_order, self.processing_class)
-        found = describe_evaluation(rollout, said["by_function"], rows) | said["metrics"]
+        found = describe_evaluation(rollout, said["by_function"], rows)
         found["dropped"] = len(said["errors"]) / max(said["rows"], 1)
+        found |= beside(found, said["metrics"])
         metrics = {f"eval_{name}": value for name, value in found.items()}
         if dataset is None:
             self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": rows})
@@ -316,30 +303,32 @@ class PolicyGradientTrainer:
             self.recorder.metrics(self.state.global_step, metrics)
         self.events.evaluated(metrics)
         if ours and dataset is None and self.args.keep_best_by is not None:
-            self._keep_best(metrics, self.args.keep_best_by)
+            scores = zip(in_order.scores.tolist(), in_order.weights.tolist(), strict=True)
+            proxy = [score if weight else None for score, weight in scores]
+            gold = said["by_function"].get(self.args.keep_best_by.removeprefix("eval_scores/"), [])
+            self._keep_best(metrics, self.args.keep_best_by, proxy, gold)
         return metrics
 
-    def _keep_best(self, metrics: dict[str, float], name: str) -> None:
+    def _keep_best(self, metrics: dict[str, float], name: str, proxy: Column, gold: Column) -> None:
         """Keep the model that is best by a metric which training does not see, and say when the two part."""
-        known = [key for key in metrics if key.startswith("eval_")]
-        require(name in metrics, f"keep_best_by={name!r} is no metric of an evaluation; there are {known}")
         unheard = metrics["eval_dropped"] > self.args.max_dropped or metrics["eval_unscored"] == 1
-        if unheard or not math.isfinite(metrics[name]):
-            self.terminal.say(f"this evaluation says nothing of {name}: its completions were not scored")
+        if unheard or not math.isfinite(metrics.get(name, math.nan)):
+            self.terminal.say(f"this evaluation says nothing of {name}: nothing was scored, or logged, under it")
             return
-        watch = Watch(**self.run.watch) if self.run.watch.get("name") == name else Watch(name=name)
-        watch, best = seen(watch, self.state.global_step, metrics["eval_score"], metrics[name])
+        watch, best = seen(Watch.resumed(self.run.watch, name), self.state.global_step, metrics[name], proxy, gold)
         self.run.watch = dataclasses.asdict(watch)
         if best:
             whole = self.save_model(self.output_dir / "best.tmp")  # a kill in the middle leaves the best so far
             self._on_main(lambda: replace_folder(whole, self.output_dir / "best"))
-        if watch.falling:
+        enough = 0 < self.args.stop_overoptimized <= watch.falling
+        if enough or watch.falling >= IN_A_ROW:
             self.terminal.say(
-                f"eval_score rose to {metrics['eval_score']:+.3f} and {name} fell to {metrics[name]:+.3f}: the policy "
-                f"is learning the judge's weaknesses. The best by {name} ({watch.best:+.3f}, step {watch.best_step}) "
-                f"is in {self.output_dir / 'best'}; a larger kl_coef holds it nearer to the reference"
+                f"eval_score rose to {metrics['eval_score']:+.3f} and {name} fell to {metrics[name]:+.3f}, beyond "
+                f"chance and in {watch.falling} evaluations in a row: the policy is learning the judge's weaknesses. "
+                f"The best by {name} ({watch.best:+.3f}, step {watch.best_step}) is in {self.output_dir / 'best'}; a "
+                "larger kl_coef holds it nearer to the reference"
             )
-        if 0 < self.args.stop_overoptimized <= watch.falling:
+        if enough:
             self.control.should_training_stop = True
 
     # ── watching ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -352,11 +341,13 @@ class PolicyGradientTrainer:
         times = self.clock.read()
         seconds = sum(times.values())
         self.seconds += seconds
-        metrics.update(describe(rollout, self.collector.said["by_function"]) | self.collector.said["metrics"])
+        metrics.update(describe(rollout, self.collector.said["by_function"]))
         metrics.update({f"seconds/{name}": value for name, value in times.items()})
         metrics["dropped"] = len(self.collector.said["errors"]) / max(self.collector.said["rows"], 1)
+        metrics.update(self.floor.metrics(rollout, seconds))
         metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
+        metrics.update(beside(metrics, self.collector.said["metrics"]))
         if self._unseen:
             self._unseen = False
             self._say_what_is_suspicious(rollout)
@@ -369,6 +360,26 @@ class PolicyGradientTrainer:
             self.recorder.completions(records(step, rows, self.collector.said["extra"]))
             if count:
                 self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
+        self._watch_scores()
+
+    def _watch_scores(self) -> None:
+        """Say it when failures drop completions; say it, and end the run if asked, when scores tell nothing apart."""
+        said, limit = self.collector.said, self.args.stop_constant
+        if said["errors"] and not self._dropped:
+            self._dropped = True
+            count = f"{len(said['errors'])} of {said['rows']} completions of this step"
+            self.terminal.say(f"warning: {count} were dropped; the first: {said['errors'][0]} (watch `dropped`)")
+        self._constant = constant(self._constant, said["by_function"])
+        flat = [f"reward function {name!r} gave every completion {v:g}" for name, (v, _) in self._constant.items()]
+        for text, (_, steps) in zip(flat, self._constant.values(), strict=True):
+            if steps == CONSTANT_STEPS:
+                self.terminal.say(f"warning: {text}, {steps} steps in a row: nothing can be learnt from it")
+        scoring = [n for n, weight in zip(self.judge.names, self.judge.weights, strict=True) if weight]
+        if limit and all(self._constant.get(name, (0.0, 0))[1] >= limit for name in scoring):
+            raise GuardStop(
+                f"stop_constant={limit} steps in a row taught nothing: {'; '.join(flat)}. Look at the judge with "
+                "`hfpg reward check`, or sample more widely (temperature, num_generations)"
+            )
 
     def _say_what_is_suspicious(self, rollout: Rollout) -> None:
         """What the first step's scores already tell about the judge; see `hfpg reward check`."""

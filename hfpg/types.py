@@ -110,6 +110,8 @@ class Samples(Rows):
     sample_ids: Int[Tensor, " B"]
     group_ids: Int[Tensor, " B"]
     sampler_logprobs: Float[Tensor, "B C"] | None = None  # what the engine says of μ
+    sampler_entropy: Float[Tensor, "B C"] | None = None  # of the distribution that each token was drawn from, nats
+    sampler_values: Float[Tensor, "B C"] | None = None  # V(s_t) of a value head on the policy's own trunk
     kept: UInt8[Tensor, "B C bytes"] | None = None  # top-k / top-p: the support fixed at sampling, V bits packed
 
 
@@ -148,9 +150,13 @@ class Rollout(Rows):
     values: Float[Tensor, "B C"] | None = None  # V(s_t): the value *before* token t
     last_values: Float[Tensor, " B"] | None = None  # V after the last chosen token, what a cut completion had ahead
     sampler_logprobs: Float[Tensor, "B C"] | None = None
+    sampler_entropy: Float[Tensor, "B C"] | None = None
+    sampler_values: Float[Tensor, "B C"] | None = None
     kept: UInt8[Tensor, "B C bytes"] | None = None
     behaviour_logprobs: Float[Tensor, "B C"] | None = None  # log μ, where it is corrected for
     token_scores: Float[Tensor, "B C"] | None = None  # the part of a score that belongs to a token
+    prompt_states: Float[Tensor, "B P H"] | None = None  # what layers that do not learn say of the tokens
+    completion_states: Float[Tensor, "B C H"] | None = None
     stored: Bool[Tensor, " B"] | None = None  # rows of an earlier step that are used again; absent: none is
     baseline_scores: Float[Tensor, " B"] | None = None  # of the greedy completion, or of the prompt itself; NaN: none
     baseline_finished: Bool[Tensor, " B"] | None = None

@@ -5,7 +5,10 @@
 
 Every field of PPO and TrainConfig is a flag (`--help`), and `--config FILE.yaml` reads them from a file.
 Judge A, a small classifier trained on human ratings, gives the reward. Judge B, with other features and other
-training sentences, only watches. Measured before and after: see docs/quickstart.md.
+training sentences, only watches.
+
+Measured (2026-11-25, two CPU cores, seed 42, 1 minute 17 s), embedded model, 256 held-out prompts, before → after 75
+steps: judge A .13 → 1.14, judge B .06 → .75, KL 3.59 nats per completion. Five seeds: docs/quickstart.md.
 """
 
 from dataclasses import dataclass
@@ -31,15 +34,8 @@ class Script:
 
 def defaults(script: Script) -> dict[str, Any]:
     """Measured on the embedded model; a larger one takes smaller steps."""
-    common = dict(
-        prompts_per_step=64,
-        max_completion_length=20,
-        epochs=3,
-        minibatches=2,
-        lam=0.95,
-        value_warmup=2,
-        warmup_steps=5,
-    )
+    common = dict(prompts_per_step=64, max_completion_length=20, epochs=3, minibatches=2, lam=0.95, value_warmup=2)
+    common |= dict(warmup_steps=5)
     if script.model == embedded.MODEL:
         return common | dict(max_steps=75, learning_rate=2e-4, kl_coef=0.15, entropy_coef=0.02, adam_beta2=0.99)
     return common | dict(max_steps=200, learning_rate=1e-5, kl_coef=0.05)

@@ -5,32 +5,23 @@
 
 The tasks and their exact verifiers are reasoning-gym's. A byte-level GPT-2 is trained by likelihood on worked examples
 (SFT), then RLOO raises the share of right answers on other questions: a completion scores 1 when the verifier says so.
-Fields of RLOO and TrainConfig are flags. Measured: docs/recipes/reasoning.md.
+Fields of RLOO and TrainConfig are flags.
+
+Measured (2026-11-25, one thread of a shared 2-core CPU, 3 minutes, SFT 70 s of them, seed 42): right answers on 256
+held-out questions .35 after SFT → .53 after 100 steps, KL 0.16 nats per completion. More: docs/recipes/reasoning.md.
 """
 
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    DataCollatorForSeq2Seq,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
 from hfpg import PolicyGradientTrainer, TrainConfig
 from hfpg.algorithms import RLOO
 from hfpg.config import field, one_sentence, parse
 from hfpg.rewards.reasoning import reasoning_task
-
-
-QUIET: dict[str, Any] = dict(report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no")
+from hfpg.sft import fine_tune
 
 
 @dataclass
@@ -53,17 +44,15 @@ def byte_tokenizer() -> Any:
 
 def sft(script: Script, tokenizer: Any, rows: list[dict[str, str]]) -> GPT2LMHeadModel:
     """A small GPT-2 after likelihood training on the answers; the question is context only."""
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=96, n_layer=2, n_head=4, n_positions=160, eos_token_id=0)
-    ids = [(tokenizer(row["prompt"]).input_ids, tokenizer(" " + row["answer"]).input_ids + [0]) for row in rows]
-    table = Dataset.from_dict({"input_ids": [q + a for q, a in ids], "labels": [[-100] * len(q) + a for q, a in ids]})
+    ends = dict(bos_token_id=0, eos_token_id=0)
     set_seed(0)
-    with TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, num_train_epochs=script.sft_epochs, learning_rate=3e-3, per_device_train_batch_size=32, **QUIET
-        )
-        trainer = Trainer(GPT2LMHeadModel(config), args, DataCollatorForSeq2Seq(tokenizer), table)
-        trainer.train()
-    return trainer.model
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=96, n_layer=2, n_head=4, n_positions=160, **ends)
+    )
+    questions, answers = [row["prompt"] for row in rows], [" " + row["answer"] for row in rows]
+    how: dict[str, Any] = dict(learning_rate=3e-3, per_device_train_batch_size=32)
+    fine_tune(model, tokenizer, answers, questions, num_train_epochs=script.sft_epochs, **how)
+    return model
 
 
 def main() -> None:

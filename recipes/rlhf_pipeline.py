@@ -3,39 +3,28 @@
     python recipes/rlhf_pipeline.py                    offline but for one small sdist that pip fetches
     python recipes/rlhf_pipeline.py --model gpt2 --pairs preferences.jsonl
 
-1. About twenty people rated each film-review sentence (Hutto & Gilbert 2014); sentences rated apart make pairs.
-2. The model learns the chosen texts by negative log-likelihood (SFT).
-3. A reward model learns the pairs (reward_models/train.py, Bradley-Terry).
-4. PPO raises the reward model's score, with the KL to the SFT model as its price. A gold judge that no stage has seen
-   (judge B: other features, other sentences) is evaluated beside it; the best model by it is kept.
-
-What each stage makes stays in --work and is used again. Fields of PPO and TrainConfig are flags. Measured:
-docs/recipes/rlhf_pipeline.md.
+About twenty people rated each film-review sentence (Hutto & Gilbert 2014): sentences rated apart make pairs, and a
+reward model learns the pairs (reward_models/, Bradley–Terry). The model learns the chosen texts by likelihood (SFT);
+then PPO raises the reward model's score, with the KL to the SFT model as its price. A gold judge that no stage has
+seen (judge B: other features, other sentences) is evaluated beside it; the best model by it is kept. Each stage stays
+in --work and is used again. Fields of PPO and TrainConfig are flags.
+Measured (2026-11-25, one thread of a shared 2-core CPU, 3 minutes, seed 42), 256 held-out prompts, SFT → 60 steps:
+reward model .404 → .924, gold judge .086 → .371, KL 2.02 nats per completion. More: docs/recipes/rlhf_pipeline.md.
 """
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer
 
 from hfpg import PolicyGradientTrainer, TrainConfig, embedded
 from hfpg.algorithms import PPO
-from hfpg.config import field, one_sentence, parse
-
-
-QUIET: dict[str, Any] = dict(report_to="none", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False)
-MAKERS = Path(__file__).resolve().parents[1] / "reward_models"
+from hfpg.config import field, one_sentence, parse, require
+from hfpg.pretrained import load_policy
+from hfpg.sft import chosen_texts, fine_tune
 
 
 @dataclass
@@ -52,54 +41,34 @@ class Script:
 
 def defaults(script: Script) -> dict[str, Any]:
     """Measured on the embedded model; the gold judge watches every ten steps."""
-    rl: dict[str, Any] = dict(
-        prompts_per_step=64, max_completion_length=20, epochs=3, minibatches=2, max_steps=60, learning_rate=1e-4
-    )
-    rl |= dict(kl_coef=0.15, entropy_coef=0.02, adam_beta2=0.99, reward_normalization="running", value_warmup=2)
+    rl = dict(prompts_per_step=64, max_completion_length=20, epochs=3, minibatches=2, max_steps=60, value_warmup=2)
+    more = dict(learning_rate=1e-4, adam_beta2=0.99, kl_coef=0.15, entropy_coef=0.02, reward_normalization="running")
     watch = dict(reward_weights=[1.0, 0.0], eval_steps=10, eval_on_start=True, keep_best_by="eval_scores/judge_b")
-    return rl | watch | dict(output_dir=f"{script.work}/ppo", stop_overoptimized=3)
+    return rl | more | watch | dict(output_dir=f"{script.work}/ppo", stop_overoptimized=3)
 
 
-def preferences(script: Script, work: Path) -> tuple[Path, str]:
-    """The pairs' file and the reward model's folder, made where they are not given."""
-    folder = work / "judge"
-    if script.pairs is None and not (folder / "config.json").exists():
-        maker = [sys.executable, MAKERS / "film_judge.py", "--output_dir", folder]
-        subprocess.run([*map(str, maker)], check=True)
-    elif script.judge is None and not (folder / "config.json").exists():
-        maker = [sys.executable, MAKERS / "train.py", "--dataset", script.pairs, "--output_dir", folder]
-        subprocess.run([*map(str, maker), "--model", script.model], check=True)
-    return Path(script.pairs or "build/film-judge/train.jsonl"), script.judge or str(folder)
-
-
-def sft(script: Script, pairs: Path, folder: Path) -> str:
-    """The model after likelihood fine-tuning on the chosen texts, end of text included."""
-    if (folder / "config.json").exists():
-        return str(folder)
-    tokenizer, model = (kind.from_pretrained(script.model) for kind in (AutoTokenizer, AutoModelForCausalLM))
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    texts = sorted({row["chosen"] for row in rows if not row.get("tie")})
-    texts = [text for text in texts if text[:1].isupper() and text[-1:] in ".!?"] or texts  # whole sentences, if any
-    context = model.config.max_position_embeddings - 1
-    ids = [tokenizer(text).input_ids[:context] + [tokenizer.eos_token_id] for text in texts]
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # labels are padded with −100: EOS is learnt
-    args = TrainingArguments(str(folder), num_train_epochs=script.sft_epochs, learning_rate=1e-4, **QUIET)
-    table = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    trainer = Trainer(model.float(), args, DataCollatorForSeq2Seq(tokenizer), table, processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model()
-    return str(folder)
+def make_judge(script: Script, folder: str) -> None:
+    """Pairs and reward model, by a script of reward_models/ in a process of its own."""
+    own = ["--model", script.model, "--dataset", script.pairs] if script.pairs else []
+    maker = Path(__file__).resolve().parents[1] / "reward_models" / ("train.py" if own else "film_judge.py")
+    done = subprocess.run([sys.executable, maker, *own, "--output_dir", folder])
+    require(done.returncode == 0, f"reward_models/{maker.name} made no reward model: see above")
 
 
 def main() -> None:
     """Every stage in turn, then the same prompts before and after."""
     script, ppo, args = parse((Script, PPO, TrainConfig), description=__doc__, defaults=defaults)
-    work = Path(script.work)
-    pairs, judge = preferences(script, work)
-    start = sft(script, pairs, work / "sft")
-    prompts, held_out = ([{"prompt": p} for p in embedded.prompts(part)] for part in ("train", "eval"))
-    rewards = [judge, embedded.judge_b]
-    trainer = PolicyGradientTrainer(start, ppo, rewards, prompts, held_out[: script.eval_prompts], args)
+    pairs, judge, start = script.pairs or "build/film-judge/train.jsonl", f"{script.work}/judge", f"{script.work}/sft"
+    made = script.judge or Path(judge, "training.json").exists()  # which is written last
+    if not made or not (script.pairs or Path(pairs).exists()):
+        make_judge(script, judge)
+    if not Path(start).exists():
+        texts = chosen_texts(pairs, sentences=True)
+        how: dict[str, Any] = dict(num_train_epochs=script.sft_epochs, learning_rate=1e-4, output_dir=start)
+        fine_tune(load_policy(script.model), AutoTokenizer.from_pretrained(script.model), texts, **how)
+    rewards, prompts = [script.judge or judge, embedded.judge_b], embedded.prompts("eval")[: script.eval_prompts]
+    rows, held_out = ([{"prompt": prompt} for prompt in part] for part in (embedded.prompts("train"), prompts))
+    trainer = PolicyGradientTrainer(start, ppo, rewards, rows, held_out, args)
     trainer.train()
     trainer.evaluate()
     trainer.summary(trainer.save_model(trainer.output_dir / "final"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from hfpg.report.card import text
@@ -41,7 +42,7 @@ trainer = PolicyGradientTrainer(model, algorithm, reward_funcs="FOLDER")   # or 
 | loss | −log σ(r_c − r_r − m), centering {centering:g}{lora} |
 
 A policy that is pushed hard finds what this judge gets wrong: watch a second judge that training never sees.
-
+{about}
 ## How it was made
 
 ```
@@ -50,12 +51,18 @@ A policy that is pushed hard finds what this judge gets wrong: watch a second ju
 """
 
 
+def fill(template: str, **values: object) -> str:
+    """A template of the folder `cards` with every $name replaced; a name without a value is an error."""
+    text = (Path(__file__).parent / "cards" / template).read_text(encoding="utf-8")
+    return Template(text).substitute(values)
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write_card(folder: Path, script: Any, args: Any, facts: dict[str, Any], command: str) -> None:
-    """Write README.md from the settings and from what was measured."""
+def write_card(folder: Path, script: Any, args: Any, facts: dict[str, Any], command: str, about: str = "") -> None:
+    """Write README.md from the settings and from what was measured; `about`: Markdown on the data, and citations."""
     held = facts["held_out"]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     card = CARD.format(
@@ -87,6 +94,7 @@ def write_card(folder: Path, script: Any, args: Any, facts: dict[str, Any], comm
         seed=args.seed,
         centering=script.centering,
         lora=f", LoRA r = {script.lora_r}, α = {script.lora_alpha}, merged" if script.lora_r else "",
+        about=f"\n## Data\n\n{about.strip()}\n" if about else "",
         command=command or "python reward_models/train.py …",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

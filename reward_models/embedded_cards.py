@@ -3,11 +3,11 @@
 import hashlib
 import json
 from pathlib import Path
-from string import Template
 
 import embedded_judge_a
 import embedded_judge_b
 import numpy as np
+from card import fill
 from embedded_data import PACKAGE, SDIST_SHA256, SHARES, Sentence, fetch, member, select
 from embedded_metrics import agreement, vader_lexicon, vader_scores
 
@@ -20,12 +20,6 @@ LICENSE = "vaderSentiment-3.3.2/LICENSE.txt"
 def sha256(path: Path) -> str:
     """The hash of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def fill(template: str, **values: object) -> str:
-    """A template with every $name replaced; a name without a value is an error."""
-    text = (Path(__file__).parent / "cards" / template).read_text(encoding="utf-8")
-    return Template(text).substitute(values)
 
 
 def common(sentences: list[Sentence]) -> dict[str, str]:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from pairs import Pairs, load_pairs, plain
 
-from hfpg.config import field, one_sentence, parse, require
+from hfpg.config import ConfigError, field, one_sentence, parse, require
+from hfpg.ops.preference import agrees, pair_accuracy
 from hfpg.rewards.judge import RewardFunction
 from hfpg.rewards.learned import ClassifierReward
 from hfpg.types import Text
@@ -37,16 +38,6 @@ class Script:
     output: str | None = field(None, "Where the numbers go. Default: eval.json, in the judge's folder if it has one.")
 
 
-def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a proportion, 95 % by default (Wilson 1927): never outside 0 … 1, right for small n.
-
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n),   p = right / n
-    """
-    p = right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's r, or None where one of both is constant."""
     a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
@@ -61,7 +52,7 @@ def reliability(differences: Sequence[float], bins: int = 10) -> list[dict[str, 
     d = r(chosen) − r(rejected); a difference of 0 is right half of the time.
     """
     d = torch.tensor(differences, dtype=torch.float64)
-    confidence, right = d.abs().sigmoid(), (d > 0).double() + 0.5 * (d == 0).double()
+    confidence, right = d.abs().sigmoid(), agrees(d)
     place = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)
     return [
         {
@@ -91,15 +82,14 @@ def measure(
     longer_chosen, longer_scored: how often the longer text is the chosen one, and the one with the higher score.
     """
     d = [c - r for c, r in zip(chosen, rejected, strict=True)]
-    n, tied = len(d), sum(x == 0 for x in d)
-    right = sum(x > 0 for x in d) + 0.5 * tied
-    table = reliability(d, bins)
+    n, table = len(d), reliability(d, bins)
+    accuracy, *interval = pair_accuracy(*(torch.tensor(side, dtype=torch.float64) for side in (chosen, rejected)))
     longer = [(x, c - r) for x, c, r in zip(d, chosen_lengths, rejected_lengths, strict=True) if c != r]
     return {
         "pairs": n,
-        "accuracy": right / n,
-        "accuracy_95": wilson(right, n),
-        "equal_scores": tied,
+        "accuracy": accuracy,
+        "accuracy_95": tuple(interval),
+        "equal_scores": sum(x == 0 for x in d),
         "nll": torch.nn.functional.softplus(-torch.tensor(d, dtype=torch.float64)).mean().item(),
         "ece": sum(row["pairs"] * abs(row["confidence"] - row["accuracy"]) for row in table) / n,
         "length_r": correlation([*chosen, *rejected], [*chosen_lengths, *rejected_lengths]),
@@ -109,18 +99,55 @@ def measure(
     }
 
 
-def score(judge: str, pairs: Pairs) -> tuple[list[float | None], list[float | None]]:
-    """The judge's scores of the chosen and of the rejected texts, by the same path that training takes."""
-    function = RewardFunction.of(judge)
+def function_of(judge: str, normalize: bool = False) -> RewardFunction:
+    """The judge as training takes it, on the GPU if there is one.
+
+    Args:
+        normalize: False: a classifier's logits as they are, without the mean and std that its folder may keep.
+    Raises:
+        ConfigError: it cannot be loaded, or is async.
+    """
+    function = RewardFunction.of(judge if ":" in judge else ClassifierReward(judge, normalize=normalize))
     require(not function.is_async, f"the judge {judge!r} is async; give a function that returns its scores")
-    if isinstance(function.call, ClassifierReward):
+    if hasattr(function.call, "to") and not getattr(function.call, "placed", False):
         function.call.to("cuda" if torch.cuda.is_available() else "cpu")
+    return function
 
-    def call(completions: list[Any]) -> list[float | None]:
-        given = dict(prompts=pairs.prompts, completions=completions, completion_ids=[[] for _ in completions])
-        return [None if s is None else float(s) for s in function.call(**function.arguments(given))]
 
-    return call(pairs.chosen), call(pairs.rejected)
+def scores_of(function: RewardFunction, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float | None]:
+    """One score per completion; None: the judge abstains.
+
+    Raises:
+        ConfigError: another number of scores, or one that is no finite number.
+    """
+    given = dict(prompts=list(prompts), completions=list(completions), completion_ids=[[] for _ in completions])
+    said = function.call(**function.arguments(given))
+    scores = [None if s is None else _number(function.name, s, i) for i, s in enumerate(said)]
+    require(
+        len(scores) == len(completions),
+        f"the judge {function.name!r} returned {len(scores)} scores for {len(completions)} texts; it must return one "
+        "each (None: cannot judge)",
+    )
+    return scores
+
+
+def _number(name: str, value: Any, row: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(
+            f"the judge {name!r} returned {value!r:.60} for text {row}; a score is a finite number, or None for "
+            "'cannot judge'"
+        )
+    return number
+
+
+def score(judge: str, pairs: Pairs) -> tuple[list[float | None], list[float | None]]:
+    """The judge's scores of the chosen and of the rejected texts."""
+    function = function_of(judge)
+    return scores_of(function, pairs.prompts, pairs.chosen), scores_of(function, pairs.prompts, pairs.rejected)
 
 
 def evaluate(judge: str, pairs: Pairs, bins: int = 10) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import train
-from embedded_data import Sentence, load, select
+from card import fill
+from embedded_data import PACKAGE, SDIST_SHA256, Sentence, load, select
 from embedded_metrics import agreement
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -101,6 +102,14 @@ def write_backbone(folder: Path) -> Path:
     return folder
 
 
+def about(sentences: Sequence[Sentence]) -> str:
+    """What the card says of the data, and whom to cite."""
+    counts = {source: f"{len(select(list(sentences), 'judge_a', source)):,}" for source in ROUNDS}
+    films = sum(len(select(list(sentences), part, "movie")) for part in ("prompts", "judge_b"))
+    source = fill("source.md", package=PACKAGE, sdist_sha256=SDIST_SHA256).strip()
+    return fill("film_judge.md", **counts, held_out=f"{films:,}", apart=f"{APART:g}", near=f"{NEAR:g}", source=source)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Write pairs and backbone, train, and measure the agreement with the ratings."""
     own = list(sys.argv[1:] if argv is None else argv)
@@ -110,10 +119,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flags = FLAGS | {"model": str(backbone), "dataset": str(training), "eval_dataset": str(held_out)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     script, args = train.parse_flags([*words, *own])
-    facts = train.train(script, args, train.public_command(own, "film_judge.py"))
+    ours = script.dataset == str(training)
+    command = train.public_command(own, "film_judge.py")
+    facts = train.train(script, args, command, about(sentences) if ours else "")
     films = select(sentences, "prompts", "movie")
     scores = ClassifierReward(str(args.output_dir))([""] * len(films), [s.text for s in films])
-    facts["prompts"] = agreement(scores, [s.rating for s in films])
+    rated = [(score, film.rating) for score, film in zip(scores, films, strict=True) if score is not None]
+    facts["prompts"] = agreement(*map(list, zip(*rated, strict=True)))
     print(f"film sentences of the part `prompts`: {facts['prompts']}")
     return facts
 

@@ -1,11 +1,12 @@
 """The mean and standard deviation of a judge's scores on a policy's own completions, so that β keeps its meaning.
 
     python reward_models/normalize.py --judge runs/film-judge                     print the flags
-    python reward_models/normalize.py --judge runs/film-judge --store True        and keep them in config.json
+    python reward_models/normalize.py --judge runs/film-judge --store True        or keep them in config.json
     python reward_models/normalize.py --judge runs/film-judge --apply True        or change the judge itself
 
-The policy is the reference of the coming run, untrained (Ziegler et al. 2019, arXiv:1909.08593). `--apply` folds
-score' = (score − mean) / std into the linear layer that writes the score, so that the folder itself is normalised.
+The policy is the reference of the coming run, untrained (Ziegler et al. 2019, arXiv:1909.08593). What `--store` keeps,
+hfpg applies whenever it loads the folder: score' = (score − mean) / std. `--apply` folds the same into the linear
+layer that writes the score, so that the folder is normalised for everybody.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluate import function_of, scores_of
 from pairs import judged_text
 from torch import Tensor, nn
-from train import output_layer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from train import forget, output_layer
+from transformers import AutoTokenizer
 
 from hfpg import embedded
-from hfpg.config import ConfigError, field, no_progress_bar, one_sentence, parse, require
+from hfpg.config import field, one_sentence, parse, require
 from hfpg.data import PromptData, decode_completions, load_prompts, order
 from hfpg.generation.hf import HFGenerator
 from hfpg.pretrained import load_policy
-from hfpg.rewards.judge import RewardFunction
 from hfpg.rewards.learned import ClassifierReward
 from hfpg.types import Text
+
+
+NOTE = "Normalised"  # how the line on the card begins
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Script:
     max_completion_length: int = field(20, "Longest completion, in tokens: as in the coming run.")
     temperature: float = field(1.0, "Sampling temperature: as in the coming run.")
     seed: int = field(42, "Of the prompts' order and of the samples.")
-    store: bool = field(False, "Write reward_mean and reward_std into the judge's config.json.")
+    store: bool = field(False, "Write reward_mean and reward_std into the judge's config.json, where hfpg reads them.")
     apply: bool = field(False, "Fold mean and std into the judge's last layer.")
     output_dir: str | None = field(None, "Folder for the judge that --apply makes. Default: the judge's own folder.")
 
@@ -100,11 +104,14 @@ def moments(scores: Sequence[float]) -> tuple[float, float]:
     return mean, std
 
 
-def score(judge: str, prompts: list[Any], completions: list[Any]) -> list[float]:
-    """The judge's scores, by the path that training takes; completions that it abstains from are left out."""
-    function = RewardFunction.of(judge)
-    given = dict(prompts=prompts, completions=completions, completion_ids=[[] for _ in completions])
-    found = [float(s) for s in function.call(**function.arguments(given)) if s is not None]
+def score(judge: str, prompts: list[Any], completions: list[Any], normalize: bool = True) -> list[float]:
+    """The judge's scores, by the path that training takes; completions that it abstains from are left out.
+
+    Args:
+        normalize: False: without the mean and std that its folder already keeps.
+    """
+    said = scores_of(function_of(judge, normalize), prompts, completions)
+    found = [s for s in said if s is not None]
     require(len(found) >= 2, f"the judge {judge!r} scored {len(found)} of {len(completions)} completions; it needs 2")
     return found
 
@@ -160,17 +167,12 @@ def apply(judge: str, target: Path, mean: float, std: float, texts: list[Text]) 
     Raises:
         ConfigError: the judge has several labels, cannot be folded, or the folded judge scores otherwise than it must.
     """
-    try:
-        with no_progress_bar():
-            model = AutoModelForSequenceClassification.from_pretrained(judge, dtype=torch.float32).eval()
-            tokenizer = AutoTokenizer.from_pretrained(judge)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the judge {judge!r}: {str(error).strip().splitlines()[0]}") from error
+    reward = ClassifierReward(judge, normalize=False)
+    model, tokenizer = reward.model, reward.tokenizer
     require(
         model.config.num_labels == 1,
         f"the judge {judge!r} has {model.config.num_labels} labels; only one can be folded into; use the flags",
     )
-    reward = ClassifierReward(model, tokenizer)
     before = torch.tensor(reward([""] * len(texts), texts), dtype=torch.float64)
     probe = tokenizer(texts[:1], return_tensors="pt", truncation=True)
     fold(model, mean, std, {"input_ids": probe["input_ids"], "attention_mask": probe["attention_mask"]})
@@ -180,39 +182,48 @@ def apply(judge: str, target: Path, mean: float, std: float, texts: list[Text]) 
         off <= 1e-4 * (1 + after.abs().max().item()),
         f"{type(model).__name__} is not linear in its last layer: folded scores are {off:.2g} off; use --store True",
     )
+    forget(model.config)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
+def store(folder: Path, mean: float, std: float) -> None:
+    """Keep mean and std in the folder's config.json, in the place of older ones."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"reward_mean": mean, "reward_std": std}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def note(folder: Path, source: str, line: str) -> None:
-    """Add a line to the card, or begin one."""
+    """Say on the card how the judge is normalised, in the place of what was said before; or begin a card."""
     own, other = folder / "README.md", Path(source) / "README.md"
     text = next((path.read_text(encoding="utf-8") for path in (own, other) if path.is_file()), f"# {folder.name}\n")
-    own.write_text(f"{text.rstrip()}\n\n{line}\n", encoding="utf-8")
+    kept = "\n".join(old for old in text.splitlines() if not old.startswith(NOTE))
+    own.write_text(f"{kept.rstrip()}\n\n{NOTE} {line}\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Sample, score, print the flags; store or apply them if asked to."""
+    """Sample, score, and print the flags, or store or apply them."""
     (script,) = parse((Script,), argv, description=__doc__)
     prompts, completions = sample(script)
-    scores = score(script.judge, prompts, completions)
+    scores = score(script.judge, prompts, completions, normalize=not (script.store or script.apply))
     mean, std = moments(scores)
     name = Path(script.policy).name
     print(f"{len(scores)} completions of {name}: mean {mean:.4f} ± {std / len(scores) ** 0.5:.4f}, std {std:.4f}")
-    print(f"--reward_normalization fixed --reward_mean {mean:.6g} --reward_std {std:.6g}")
+    how = f"to mean 0 and std 1 on {len(scores)} completions of {name}: score' = (score − {mean:.6g}) / {std:.6g}"
     if script.store:
-        path = Path(script.judge) / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"reward_mean": mean, "reward_std": std}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        print(f"stored as reward_mean and reward_std in {path}")
-    if script.apply:
+        store(Path(script.judge), mean, std)
+        note(Path(script.judge), script.judge, f"{how}, by hfpg when it loads this folder (config.json keeps both).")
+        print(f"stored in {Path(script.judge) / 'config.json'}; hfpg applies them when it loads the folder, no flags")
+    elif script.apply:
         target = Path(script.output_dir or script.judge)
         tokenizer = AutoTokenizer.from_pretrained(script.judge)
         texts: list[Text] = [judged_text(tokenizer, p, c) for p, c in zip(prompts[:32], completions[:32], strict=True)]
         apply(script.judge, target, mean, std, texts)
-        how = f"on {len(scores)} completions of {name}: score' = (score − {mean:.6g}) / {std:.6g}"
-        note(target, script.judge, f"Normalised to mean 0 and std 1 {how}. The figures above are from before.")
+        note(target, script.judge, f"{how}, in the weights. The figures above are from before.")
         print(f"folded into {target}: its scores have mean 0 and std 1 there; no flags are needed")
+    else:
+        print(f"--reward_normalization fixed --reward_mean {mean:.6g} --reward_std {std:.6g}")
     return {"mean": mean, "std": std}
 
 

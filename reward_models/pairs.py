@@ -12,6 +12,7 @@ from datasets import load_dataset
 
 from hfpg.config import ConfigError, nearest, require
 from hfpg.ops.keyed import permutation
+from hfpg.rewards.learned import as_text
 from hfpg.types import Text
 
 
@@ -59,18 +60,16 @@ class Pairs:
 
 
 def judged_text(tokenizer: Any, prompt: Text, completion: Text) -> str:
-    """Prompt and completion as one text, the way `hfpg.rewards.learned.ClassifierReward` writes them.
+    """Prompt and completion as one text, the way a classifier reads them in hfpg.
 
     Raises:
         ConfigError: a conversation, and no chat template.
     """
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion
     require(
-        bool(getattr(tokenizer, "chat_template", None)),
+        (isinstance(prompt, str) and isinstance(completion, str)) or bool(getattr(tokenizer, "chat_template", None)),
         "the pairs are conversations, but the tokenizer has no chat template; name a file with --chat_template",
     )
-    return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    return as_text(tokenizer, prompt, completion)
 
 
 def plain(text: Text) -> str:

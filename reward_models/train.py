@@ -26,12 +26,15 @@ from datasets import Dataset
 from evaluate import evaluate, show
 from pairs import Pairs, hold_out, load_pairs, plain
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from hfpg.config import SECRET, ConfigError, field, no_progress_bar, one_sentence, parse, require
 from hfpg.data import read_chat_template
+from hfpg.ops.preference import bradley_terry, centering, pair_accuracy
+
+
+DONE = "training.json"  # written last: a folder that has it is whole
 
 
 @dataclass
@@ -78,22 +81,6 @@ def defaults(script: Script) -> dict[str, Any]:
     return schedule | batch | run
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor) -> Tensor:
-    """Per pair: −p log σ(r_c − r_r − m) − (1 − p) log σ(−(r_c − r_r − m)), in fp32; all arguments are [B].
-
-    p is the probability that people prefer the chosen text: 1, or .5 in a tie (whose margin must be 0). The loss sees
-    differences only: a function of the prompt alone, added to both scores, changes nothing. Bradley & Terry 1952;
-    Christiano et al. 2017 (arXiv:1706.03741); margin: Touvron et al. 2023 (arXiv:2307.09288).
-    """
-    d = chosen.float() - rejected.float() - margin.float()
-    return -preference * logsigmoid(d) - (1 - preference) * logsigmoid(-d)
-
-
-def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Per pair (r_c + r_r)²: fixes what the differences leave free (Eisenstein et al. 2023, arXiv:2312.09244)."""
-    return (chosen.float() + rejected.float()) ** 2
-
-
 class RewardTrainer(Trainer):
     """transformers' Trainer with the loss of Bradley and Terry; batches come from `Collator`."""
 
@@ -126,9 +113,9 @@ class RewardTrainer(Trainer):
 
 
 def held_out_accuracy(prediction: Any) -> dict[str, float]:
-    """Trainer's `compute_metrics`: pair accuracy."""
-    d = prediction.predictions[prediction.label_ids == 1]
-    return {"accuracy": float((d > 0).mean() + 0.5 * (d == 0).mean())} if len(d) else {}
+    """Trainer's `compute_metrics`: pair accuracy of the pairs that are no ties; nothing where there is no number."""
+    d = torch.as_tensor(prediction.predictions[prediction.label_ids == 1])
+    return {"accuracy": pair_accuracy(d, torch.zeros_like(d))[0]} if len(d) and d.isfinite().all() else {}
 
 
 class Collator:
@@ -181,6 +168,7 @@ def load_backbone(script: Script) -> tuple[Any, Any]:
         raise ConfigError(f"cannot load the backbone {script.model!r}: {first}") from error
     model.config.problem_type = "regression"
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    forget(model.config)
     if script.chat_template:
         tokenizer.chat_template = read_chat_template(script.chat_template)
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
@@ -194,6 +182,12 @@ def load_backbone(script: Script) -> tuple[Any, Any]:
         init_head(head)
     check_padding(model, tokenizer)
     return model, tokenizer
+
+
+def forget(config: Any) -> None:
+    """Take a stored mean and std out of a config: they are those of the weights that it came with."""
+    for name in ("reward_mean", "reward_std"):
+        vars(config).pop(name, None)
 
 
 def output_layer(model: Any) -> tuple[str, nn.Linear]:
@@ -304,8 +298,13 @@ def deal_out(script: Script, seed: int) -> tuple[Pairs, Pairs, dict[str, int]]:
     return train, held.without_ties(), {"ties": ties, "shared_text": shared}
 
 
-def train(script: Script, args: TrainingArguments, command: str = "") -> dict[str, Any]:
-    """Train, save the folder, measure it the way hfpg will use it, and write its card. Returns what was measured."""
+def train(script: Script, args: TrainingArguments, command: str = "", about: str = "") -> dict[str, Any]:
+    """Train, save the folder, measure it the way hfpg will use it, and write its card. Returns what was measured.
+
+    Args:
+        command: how it was made, for the card.
+        about: Markdown for the card: where the data come from, and whom to cite.
+    """
     set_seed(args.seed)
     args.remove_unused_columns = False  # the collator reads all columns
     args.dataloader_pin_memory = torch.cuda.is_available()
@@ -343,9 +342,9 @@ def train(script: Script, args: TrainingArguments, command: str = "") -> dict[st
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         facts["held_out"] = evaluate(str(folder), held_pairs)
-        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         (folder / "eval.json").write_text(json.dumps(facts["held_out"], indent=1) + "\n", encoding="utf-8")
-        write_card(folder, script, args, facts, command)
+        write_card(folder, script, args, facts, command, about)
+        (folder / DONE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         print(f"\n{show(facts['held_out'])}\n\ntrained in {facts['minutes']:.1f} minutes; use it as --reward {folder}")
     return facts
 

@@ -44,7 +44,7 @@ continued = torch.equal(again.learner.actor.value.linear.weight, trainer.learner
 kl = again.train()["kl_to_ref"]
 print(json.dumps({
     "continued": continued, "kl": kl, "adapter_again": hasattr(again.learner.actor.policy, "peft_config"),
-    "plain": torch.equal(plain(input_ids=ids).logits, policy(input_ids=ids).logits),
+    "plain": torch.allclose(plain(input_ids=ids).logits, policy(input_ids=ids).logits, rtol=0, atol=1e-6),
     "ours": torch.equal(ours.policy(input_ids=ids).logits, policy(input_ids=ids).logits),
     "value": torch.equal(ours.value.linear.weight, trainer.learner.actor.value.linear.weight),
     "value_learned": float(ours.value.linear.weight.abs().max()),
@@ -70,7 +70,7 @@ def test_train_from_a_repository_push_and_load_back(kind, tmp_path):
         found = json.loads(done.stdout.strip().splitlines()[-1])
         assert found["plain"] and found["ours"] and found["value"]
         assert found["value_learned"] > 0 and found["gap"] > 0
-        assert found["continued"] and found["kl"] == 0, "what was pushed can be trained on, value head included"
+        assert found["continued"] and abs(found["kl"]) < 1e-5, "what was pushed can be trained on, value head included"
         assert found["adapter_again"] == (kind == "lora")
         files = server.files("tester/tuned")
     assert {"README.md", "value_head.safetensors", "hfpg.json", "config.json"} - set(files) <= {"config.json"}

@@ -50,7 +50,7 @@ def test_gpt2_is_wrong_without_position_ids():
     """Guards the test above: a forward that forgets position_ids must fail it."""
     actor = ActorCritic(tiny.model("gpt2"))
     samples = build.draw(actor)
-    actor.takes_positions = False
+    actor.takes_positions = actor.packs = False
     assert (score(actor, samples, 1.0).logprobs - samples.sampler_logprobs).abs().max() > 0.01
 
 

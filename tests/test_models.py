@@ -356,9 +356,11 @@ def test_save_and_load(value, tmp_path):
     samples = build.draw(actor)
     again = load_actor_critic(tmp_path)
     assert again.value_kind == value
-    assert torch.equal(actor(**inputs(samples)).logprobs, again(**inputs(samples)).logprobs)
+    ours, theirs = actor(**inputs(samples)), again(**inputs(samples))
+    near = dict(rtol=1e-5, atol=1e-5)  # MKL rounds by where in memory a matrix begins
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, **near)
     if value:
-        assert torch.equal(actor(**inputs(samples)).values, again(**inputs(samples)).values)
+        torch.testing.assert_close(ours.values, theirs.values, **near)
     plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), actor.policy.parameters(), strict=True))

@@ -115,7 +115,7 @@ def test_constant_reward_without_kl_leaves_the_parameters_alone(tmp_path):
 def test_metrics_of_the_first_step(tmp_path):
     trainer = build.trainer(tmp_path, max_steps=1)
     metrics = trainer.train()
-    assert metrics["kl_to_ref"] == 0 and metrics["first_log_ratio_max"] < 1e-5 and metrics["sampler_gap"] < 1e-5
+    assert abs(metrics["kl_to_ref"]) < 1e-5 and metrics["first_log_ratio_max"] < 1e-5
     assert metrics["optimizer_steps"] == 2 and metrics["learning_rate"] == 1e-3
     recorded = lines(tmp_path / "metrics.jsonl")[0]
     assert recorded["step"] == 1 and recorded["score"] == pytest.approx(metrics["score"])
@@ -159,7 +159,8 @@ def test_columns_reach_the_judge_and_extras_the_files(tmp_path):
     )
     metrics = trainer.train()
     assert len(seen["number"]) == 16 and seen["number"][::2] == seen["number"][1::2]
-    assert seen["state"] is trainer.state and all(isinstance(i, int) for row in seen["ids"] for i in row)
+    assert seen["state"].global_step == 0 and seen["state"].max_steps == 1  # a copy, of before the step
+    assert all(isinstance(i, int) for row in seen["ids"] for i in row)
     assert metrics["judge/mean_number"] == pytest.approx(sum(seen["number"]) / 16)
     rows = lines(tmp_path / "completions.jsonl")
     assert len(rows) == 16 and {"prompt", "completion", "score", "half"} <= rows[0].keys()
@@ -172,7 +173,7 @@ def test_evaluation_repeats_and_does_not_disturb_training(tmp_path):
         tmp_path / "b", max_steps=3, eval_steps=1, eval_on_start=True, eval_dataset=Dataset.from_list(tiny.rows(11))
     )
     first = watched.evaluate()
-    assert first == watched.evaluate() and first["eval_kl_to_ref"] == 0
+    assert first == watched.evaluate() and abs(first["eval_kl_to_ref"]) < 1e-5
     watched.train()
     assert torch.equal(parameters(plain), parameters(watched))
     assert [row["step"] for row in lines(tmp_path / "b" / "metrics.jsonl") if "eval_score" in row][-3:] == [1, 2, 3]
@@ -383,7 +384,7 @@ def test_what_was_trained_is_saved_when_a_judge_fails(tmp_path):
 
     def judge(completions, **k):
         calls.append(1)
-        if len(calls) == 5:  # the dry call is the first
+        if len(calls) == 6:  # the dry call is the first two
             raise ValueError("the server is gone")
         return [0.0] * len(completions)
 
@@ -553,11 +554,12 @@ def test_lora_trains_the_adapter_alone_and_saves_it(tmp_path):
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     ids = torch.tensor([[3, 4, 5]])
     policy = trainer.learner.actor.policy
-    assert torch.equal(tuned(input_ids=ids).logits, policy(input_ids=ids).logits)
+    near = dict(rtol=0, atol=1e-6)  # GELU is one kernel in a policy, and several operations in transformers
+    torch.testing.assert_close(tuned(input_ids=ids).logits, policy(input_ids=ids).logits, **near)
     with tuned.disable_adapter():
-        assert torch.equal(tuned(input_ids=ids).logits, base(input_ids=ids).logits)
+        torch.testing.assert_close(tuned(input_ids=ids).logits, base(input_ids=ids).logits, **near)
     trained = build.trainer(tmp_path / "more", model=str(folder), max_steps=1)
-    assert trained.train()["kl_to_ref"] == 0, "a tuned adapter is its own reference"
+    assert abs(trained.train()["kl_to_ref"]) < 1e-5, "a tuned adapter is its own reference"
 
 
 def test_a_generator_of_the_users_own(tmp_path):

@@ -50,4 +50,6 @@ class Clipped(Method):
     def schedule(self, state: State) -> dict[str, Any]:
         """Epochs × minibatches optimizer steps, unless a KL stop ends them."""
         own = dict(epochs=self.epochs, minibatches=self.minibatches, max_kl=self.max_kl)
-        return super().schedule(state) | own
+        schedule = super().schedule(state) | own
+        schedule["skip_zero"] &= self.max_kl is None  # the KL that stops is a mean over all rows
+        return schedule

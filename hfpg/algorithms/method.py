@@ -259,6 +259,7 @@ class Method:
             aggregation=self.aggregation,
             with_entropy=self.entropy_coef != 0,
             with_kl=self.kl_in == "loss" and self.kl_estimator == "full" and state.kl_coef > 0,
+            skip_zero=self.value is None and self.entropy_coef == 0 and (self.kl_in == "reward" or state.kl_coef == 0),
         )
 
     def next_state(self, rollout: Rollout, state: S) -> S:

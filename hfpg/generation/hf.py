@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from hfpg.config import nearest, require
-from hfpg.ops.keyed import gumbel_max, mix, row_keys
-from hfpg.ops.logprobs import chosen_logprobs, pack_bits, sampling_logits
+from hfpg.generation.loop import DecodeLoop
+from hfpg.generation.stock import Finished, KeyedSampler
+from hfpg.linear import onednn_linears
+from hfpg.models import captured_head_input
 from hfpg.pretrained import causal_lm
 from hfpg.types import Prompts, Samples, join
 
 
+logger = logging.getLogger(__name__)
+
 # Options of `generate` that leave the distribution of the tokens alone. Every other one is refused for training: the
 # policy that is scored must be the policy that was sampled.
 HARMLESS_OPTIONS = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile")
+LOGITS = 32 << 20  # bytes
 
 
 class HFGenerator:
@@ -39,10 +48,15 @@ class HFGenerator:
     depend on how rows are batched or spread over processes. Temperature, top-k and top-p are applied here; the set
     that top-k / top-p kept is stored with the sample, and every policy is renormalised over it when it is scored.
 
+    `generate` runs hfpg's own decode loop (`hfpg.generation.loop`). Where that loop does not support a model or an
+    option, transformers' own draws the same tokens, and the log says so once. With `own_loop = False` it always does.
+
     Args:
         tokenizer: needed for `stop_strings` only.
         stop_token_ids: tokens that end a completion; None: those of the model's generation config.
         max_tokens: rows × (prompt + completion) of one call of `generate`; a memory bound without effect on tokens.
+        value_head: from what the LM head reads [n, H] to V(s_t) [n]; its values come with the samples. May be set
+            later.
     Raises:
         ConfigError: an option in `generation_kwargs` that changes the distribution; no stop token anywhere is fine.
     """
@@ -60,9 +74,10 @@ class HFGenerator:
         stop_strings: Sequence[str] | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         max_tokens: int = 32768,
+        value_head: Callable[[Tensor], Tensor] | None = None,
     ):
         self.tokenizer, self.seed, self.max_completion_length = tokenizer, seed, max_completion_length
-        self.temperature, self.max_tokens = temperature, max_tokens
+        self.temperature, self.max_tokens, self.value_head = temperature, max_tokens, value_head
         self.stop_token_ids, self.stop_strings = stop_token_ids, list(stop_strings or [])
         self.options = dict(generation_kwargs or {})
         for name in self.options:
@@ -74,54 +89,81 @@ class HFGenerator:
             )
         self.warpers = [TopKLogitsWarper(top_k)] if top_k > 0 else []
         self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        self.own_loop = True
+        self._told = False
 
     @torch.no_grad()
     def __call__(self, policy: Any, prompts: Prompts, greedy: bool = False) -> Samples:
         """One completion per row of `prompts`, by at most a few calls of `generate`."""
         lm = causal_lm(policy)
-        size = max(1, self.max_tokens // (prompts.ids.shape[1] + self.max_completion_length))
-        groups = [torch.arange(len(prompts))[i : i + size] for i in range(0, len(prompts), size)]
-        parts = [self._generate(lm, prompts.take(rows), greedy) for rows in groups]
-        return join(parts)
+        lengths = prompts.mask.sum(1)
+        order = lengths.argsort(stable=True)  # prompts of similar length into one call: little padding
+        calls = self._calls(lengths[order].tolist(), prompts.group_ids[order].tolist(), most_rows(lm, len(prompts)))
+        with onednn_linears(lm) if self.own_loop else nullcontext():
+            parts = [self._generate(lm, narrowest(prompts.take(order[call])), greedy) for call in calls]
+        samples = join(parts).take(order.argsort())
+        return dataclasses.replace(samples, prompt_ids=prompts.ids, prompt_mask=prompts.mask)
 
     @torch.no_grad()
     def greedy(self, policy: Any, prompts: Prompts) -> Samples:
         """The likeliest token each time, with the same stops and limits."""
         return self(policy, prompts, greedy=True)
 
+    def _calls(self, lengths: Sequence[int], groups: Sequence[int], most: int) -> list[slice]:
+        """Rows, from short prompts to long ones, in calls within the budget; a group is cut only where it must be."""
+        calls, start, end = [], 0, 0
+        sizes = [len(list(rows)) for _, rows in itertools.groupby(groups)]
+        most += max(sizes) - 1
+        for size in sizes:
+            first, end = end, end + size
+            fit = max(1, min(most, self.max_tokens // (lengths[first] + self.max_completion_length)))
+            if end - start > fit and first > start:
+                calls.append(slice(start, first))
+                start = first
+            while end - start > fit:
+                calls.append(slice(start, start + fit))
+                start += fit
+        return [*calls, slice(start, end)]
+
     def _generate(self, lm: PreTrainedModel, prompts: Prompts, greedy: bool) -> Samples:
-        width = prompts.ids.shape[1]
-        sampler = KeyedSampler(self.seed, prompts.sample_ids, width, self.temperature, self.warpers, greedy)
-        stop = Finished(width, self.stops(lm), self._string_criteria())
-        pad = next(iter(self.stops(lm)), 0)  # any valid id: padding is known by position, never by id
+        width, stops = prompts.ids.shape[1], self.stops(lm)
+        pad = next(iter(stops), 0)  # any valid id: padding is known by position, never by id
+        law = (self.seed, prompts.sample_ids, width, self.max_completion_length, self.temperature, self.warpers)
+        stop = Finished(len(prompts), width, stops, self._string_criteria(), prompts.ids.device)
         config = GenerationConfig(
             do_sample=False,  # the keyed sampler leaves one token possible; the argmax takes it
             max_new_tokens=self.max_completion_length,
             pad_token_id=pad,
             **{"use_cache": True, **self.options},
         )
-        with fresh_generation_config(lm):
+        listening: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self.value_head is not None:
+            listening = captured_head_input(lm)
+        with fresh_generation_config(lm), listening as read:
+            sampler = KeyedSampler(*law, greedy, self.value_head, read)
             out = lm.generate(
                 input_ids=prompts.ids,
                 attention_mask=prompts.mask.long(),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stop]),
+                custom_generate=self._loop(lm, prompts.group_ids),
             )
-        ids = out[:, width:]
-        steps = torch.arange(ids.shape[1], device=ids.device)
-        mask = steps < stop.length(ids.shape[1])[:, None]
-        return Samples(
-            prompt_ids=prompts.ids,
-            prompt_mask=prompts.mask,
-            completion_ids=torch.where(mask, ids, pad),
-            completion_mask=mask,
-            finished=stop.done.clone(),
-            sample_ids=prompts.sample_ids,
-            group_ids=prompts.group_ids,
-            sampler_logprobs=torch.where(mask, torch.stack(sampler.logprobs, 1), 0),
-            kept=torch.stack(sampler.kept, 1) if sampler.kept else None,
-        )
+        return drawn(prompts, out[:, width:], pad, sampler, stop)
+
+    def _loop(self, lm: PreTrainedModel, group_ids: Int[Tensor, " B"]) -> DecodeLoop | None:
+        """hfpg's loop, or None for the stock one."""
+        if not self.own_loop:
+            return None
+        if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(lm):
+            self._tell("the parameters are sharded, so all processes must take the same number of steps")
+            return None
+        return DecodeLoop(group_ids, self._tell)
+
+    def _tell(self, reason: str) -> None:
+        if not self._told:
+            logger.info("completions are drawn by transformers' own decode loop, not by hfpg's faster one: %s", reason)
+        self._told = True
 
     def stops(self, lm: PreTrainedModel) -> list[int]:
         """The ids that end a completion: the setting, else the model's own, else the tokenizer's EOS."""
@@ -136,62 +178,42 @@ class HFGenerator:
         return StopStringCriteria(self.tokenizer, self.stop_strings) if self.stop_strings else None
 
 
-class KeyedSampler(LogitsProcessor):
-    """Chooses the token inside `generate`: all other logits become −inf. Keeps what it knows of each choice."""
+def most_rows(lm: PreTrainedModel, rows: int) -> int:
+    """Rows of one call, so that calls are of even size and a step's logits stay in memory that is used again.
 
-    def __init__(
-        self,
-        seed: int,
-        sample_ids: Tensor,
-        width: int,
-        temperature: float,
-        warpers: Sequence[Any],
-        greedy: bool = False,
-    ):
-        self.greedy = greedy
-        # negative ids belong to evaluations: their noise does not depend on the seed, so that runs can be compared
-        training, evaluation = row_keys(seed, "sample", sample_ids), row_keys(0, "evaluate", sample_ids)
-        self.keys = torch.where(sample_ids >= 0, training, evaluation)
-        self.width, self.temperature, self.warpers = width, temperature, warpers
-        self.logprobs: list[Tensor] = []
-        self.kept: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [B, V] with one finite entry a row, drawn from softmax(scores / τ) over the kept set."""
-        logits = sampling_logits(scores, self.temperature)
-        for warper in self.warpers:
-            logits = warper(input_ids, logits)
-        if self.warpers:
-            self.kept.append(pack_bits(logits > -torch.inf))
-        position = input_ids.shape[1] - self.width
-        tokens = logits.argmax(1) if self.greedy else gumbel_max(logits, mix(self.keys + position))
-        self.logprobs.append(chosen_logprobs(logits, tokens))
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+    On the CPU, glibc hands blocks above 32 MB back to the system, and fresh pages are slow. Matrix products want 64
+    rows all the same.
+    """
+    if lm.device.type != "cpu":
+        return rows
+    limit = max(64, LOGITS // (4 * lm.get_input_embeddings().weight.shape[0]))
+    return math.ceil(rows / math.ceil(rows / limit))
 
 
-class Finished(StoppingCriteria):
-    """True for rows that have drawn a stop token or completed a stop string; remembers at which length."""
+def narrowest(prompts: Prompts) -> Prompts:
+    """Without the columns that are padding in every row."""
+    width = max(1, int(prompts.mask.sum(1).max()))
+    return dataclasses.replace(prompts, ids=prompts.ids[:, -width:], mask=prompts.mask[:, -width:])
 
-    def __init__(self, width: int, stop_ids: Sequence[int], strings: StopStringCriteria | None):
-        self.width, self.stop_ids, self.strings = width, list(stop_ids), strings
-        self.done = torch.zeros(0, dtype=torch.bool)
-        self.lengths = torch.zeros(0, dtype=torch.long)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Rows [B] that are finished after the newest token."""
-        if not len(self.done):
-            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            self.lengths = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-        now = torch.isin(input_ids[:, -1], torch.tensor(self.stop_ids, device=input_ids.device, dtype=torch.long))
-        if self.strings is not None:
-            now = now | self.strings(input_ids, scores)
-        self.lengths = torch.where(now & ~self.done, input_ids.shape[1] - self.width, self.lengths)
-        self.done = self.done | now
-        return self.done
-
-    def length(self, longest: int) -> Tensor:
-        """Chosen tokens per row: up to and with the one that ended it, or all when none did."""
-        return torch.where(self.done, self.lengths, longest)
+def drawn(prompts: Prompts, ids: Int[Tensor, "B C"], pad: int, sampler: KeyedSampler, stop: Finished) -> Samples:
+    """Samples from the ids that `generate` returned and what sampler and criterion remember."""
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    mask = steps < stop.length(ids.shape[1])[:, None]
+    kept = sampler.record.columns.get("kept")
+    return Samples(
+        prompt_ids=prompts.ids,
+        prompt_mask=prompts.mask,
+        completion_ids=torch.where(mask, ids, pad),
+        completion_mask=mask,
+        finished=stop.done.clone(),
+        sample_ids=prompts.sample_ids,
+        group_ids=prompts.group_ids,
+        sampler_logprobs=sampler.record.masked("logprobs", mask),
+        sampler_entropy=sampler.record.masked("entropy", mask),
+        sampler_values=sampler.record.masked("values", mask),
+        kept=None if kept is None else kept[:, : ids.shape[1]],
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,10 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit: torch multiplies int64 modulo 2^64
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+CPU_CHUNK = 1 << 20  # logits that a `GumbelMax` works on at a time: 4 MB in fp32, which stays in cache
+GPU_CHUNK = 1 << 23  # 32 MB in fp32: few kernels
+NEVER = -1e30  # in place of −∞, whose product with a probability of 0 is NaN
 
 
 def _shift_right(x: Tensor, n: int) -> Tensor:
@@ -77,3 +82,69 @@ def gumbel_max(logits: Float[Tensor, "B V"], keys: Int[Tensor, " B"]) -> Int[Ten
     block = (blocks.logsumexp(2) + noise[:, :width]).argmax(1)
     inside = blocks[torch.arange(rows, device=logits.device), block]
     return block * width + (inside + noise[:, width:]).argmax(1)
+
+
+class Draw(NamedTuple):
+    """One token per row, and what the distribution that it was drawn from says."""
+
+    tokens: Int[Tensor, " B"]
+    logprobs: Float[Tensor, " B"]  # of the tokens drawn
+    entropy: Float[Tensor, " B"]  # nats
+
+
+class GumbelMax:
+    """`gumbel_max` of logits / τ, time and again: in one pass the same tokens, their log-probabilities and entropy.
+
+    With the deficits d_v = (logit_v − max) / τ, exp(d_v) is taken once. Its sums over blocks are what the first argmax
+    needs, their sum Z is the normaliser, and H = log Z − Σ_v exp(d_v) d_v / Z. The two buffers that this takes hold
+    one chunk of rows and are kept between calls.
+
+    Args:
+        like: logits [B, V] of the largest batch to come.
+    """
+
+    def __init__(self, like: Float[Tensor, "B V"]):
+        self.vocabulary = like.shape[1]
+        self.width = math.isqrt(self.vocabulary - 1) + 1
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        square = self.width * self.width
+        self.rows = max(1, min(len(like), (CPU_CHUNK if like.device.type == "cpu" else GPU_CHUNK) // square))
+        # past V nothing is written: the last block's filling has weight 0
+        self.deficits = torch.full((self.rows, square), NEVER, dtype=self.dtype, device=like.device)
+        self.weights = torch.empty_like(self.deficits)
+        self.columns = torch.arange(self.width, device=like.device)
+
+    def __call__(
+        self, logits: Float[Tensor, "B V"], keys: Int[Tensor, " B"], temperature: float = 1.0, greedy: bool = False
+    ) -> Draw:
+        """One token per row; with `greedy` the likeliest."""
+        noise = None if greedy else gumbel(uniforms(keys, 2 * self.width)).to(self.dtype)
+        parts = []
+        for start in range(0, len(logits), self.rows):
+            rows = slice(start, start + self.rows)
+            parts.append(self._draw(logits[rows].to(self.dtype), None if noise is None else noise[rows], temperature))
+        return parts[0] if len(parts) == 1 else Draw(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _draw(self, logits: Tensor, noise: Tensor | None, temperature: float) -> Draw:
+        """One chunk of rows."""
+        deficits, weights = self.deficits[: len(logits)], self.weights[: len(logits)]
+        top = logits.amax(1, keepdim=True)
+        inside = torch.sub(logits, top, out=deficits[:, : self.vocabulary])
+        if temperature != 1:
+            inside.div_(temperature)
+        inside.clamp_(min=NEVER)
+        torch.exp(deficits, out=weights)
+        sums = weights.view(-1, self.width, self.width).sum(2)
+        z = sums.sum(1)
+        spread = z.log() - torch.mul(weights, deficits, out=weights).sum(1) / z
+        tokens = logits.argmax(1) if noise is None else self._two_levels(logits, sums, noise, temperature)
+        chosen = (logits.gather(1, tokens[:, None]) - top)[:, 0] / temperature
+        return Draw(tokens, chosen - z.log(), spread)
+
+    def _two_levels(self, logits: Tensor, sums: Tensor, noise: Tensor, temperature: float) -> Tensor:
+        """The block by the logarithm of its sum, then a token inside it: in the last step the bits of `gumbel_max`."""
+        first = (sums.log() + noise[:, : self.width]).argmax(1) * self.width
+        columns = first[:, None] + self.columns
+        inside = logits.gather(1, columns.clamp(max=self.vocabulary - 1)) / temperature
+        inside = inside.masked_fill(columns >= self.vocabulary, -torch.inf)
+        return first + (inside + noise[:, self.width :]).argmax(1)

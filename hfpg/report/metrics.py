@@ -20,7 +20,8 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
     kl_to_ref               nats per completion, mean of Σ_t (log π_old − log π_ref)
     entropy                 nats per token
     length, finished        tokens per completion; share that ended by a stop token
-    sampler_gap             largest |log μ − log π_old|: rounding only, or sampling and scoring disagree
+    sampler_gap             largest |log μ − log π_old|: rounding only, or sampling and scoring disagree; absent where
+                            the one is taken for the other
     unscored                share of completions that no reward function judged
     baseline_score          mean score of the greedy completions, or of the prompts, where the baseline is that
     baseline_correlation    of that score with the completions' scores: near 0 it saves no variance
@@ -44,7 +45,7 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
     if rollout.ref_logprobs is not None:
         log_ratio = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0)
         found["kl_to_ref"] = float(row_mean(log_ratio.sum(1), w))
-    if rollout.sampler_logprobs is not None:
+    if rollout.sampler_logprobs is not None and not torch.equal(rollout.sampler_logprobs, rollout.old_logprobs):
         found["sampler_gap"] = float((rollout.sampler_logprobs - rollout.old_logprobs).abs().max())
     return found
 

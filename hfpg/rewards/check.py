@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hfpg.ops.baselines import equal_in_group
 from hfpg.ops.masked import correlation, row_mean, row_std
-from hfpg.rewards.judge import Judge
+from hfpg.rewards.judge import Judge, alike
+from hfpg.rewards.rules import message_text, text_of
 from hfpg.types import Text
 
 
@@ -69,7 +70,7 @@ class Findings:
 
 def repetition(text: Text) -> float:
     """Share of word pairs that stood before in the same text; 0 for fewer than two words."""
-    words = (text if isinstance(text, str) else str(text[-1].get("content", ""))).lower().split()
+    words = text_of(text).lower().split()
     pairs = list(zip(words, words[1:], strict=False))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
@@ -113,8 +114,13 @@ def examine(
     completion_ids: list[list[int]],
     columns: dict[str, list],
     group_ids: Int[Tensor, " B"],
+    tokenizer: Any,
 ) -> Findings:
-    """Score a batch twice and a few tricks once. A trick that the judge cannot score is None."""
+    """Score a batch twice and a few tricks once. A trick that the judge cannot score is None.
+
+    `tokenizer` is the policy's: a judge that reads `completion_ids` gets those of the trick, with the end token that
+    the policy would have chosen.
+    """
     started = time.perf_counter()
     first = judge(prompts, completions, completion_ids, columns)
     seconds = time.perf_counter() - started
@@ -126,9 +132,9 @@ def examine(
         lengths,
         completions,
         group_ids,
-        deterministic=bool(torch.equal(first.scores, second.scores)),
+        deterministic=all(alike(column, second.by_function[n]) for n, column in first.by_function.items()),
         per_second=len(prompts) / max(seconds, 1e-9),
-        tricks=_tricks(judge, prompts, completions, completion_ids, columns, first.scores),
+        tricks=_tricks(judge, prompts, completions, columns, first.scores, tokenizer),
     )
 
 
@@ -136,30 +142,30 @@ def _tricks(
     judge: Judge,
     prompts: list[Text],
     completions: list[Text],
-    completion_ids: list[list[int]],
     columns: dict[str, list],
     scores: Tensor,
+    tokenizer: Any,
 ) -> dict[str, float | None]:
     """The mean score of texts that no policy should be paid for."""
-
-    def like(text: str, model: Text) -> Text:
-        return text if isinstance(model, str) else [{"role": "assistant", "content": text}]
-
-    def plain(text: Text) -> str:
-        return text if isinstance(text, str) else str(text[-1].get("content", ""))
-
-    best = [plain(completions[i]) for i in torch.argsort(scores, descending=True)[: max(1, len(scores) // 4)].tolist()]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    order = torch.argsort(scores, descending=True)[: max(1, len(scores) // 4)]
+    best = [text_of(completions[i]) for i in order.tolist()]
     words = Counter(word for text in best for word in set(text.lower().split()) if len(word) > 3)
     keywords = " ".join(word for word, _ in words.most_common(3)) or "good"
     tried = {
-        "an empty text": [like("", c) for c in completions],
-        "the prompt again": [like(plain(p), c) for p, c in zip(prompts, completions, strict=True)],
-        f"{keywords!r}, repeated": [like(" ".join([keywords] * 8), c) for c in completions],
+        "an empty text": [""] * len(prompts),
+        "the prompt again": [p if isinstance(p, str) else message_text(p[-1]) for p in prompts],
+        f"{keywords!r}, repeated": [" ".join([keywords] * 8)] * len(prompts),
     }
     found: dict[str, float | None] = {}
     for name, texts in tried.items():
+        ids = [[*tokenizer(text, add_special_tokens=False).input_ids, *end] for text in texts]
+        said_so: list[Text] = [
+            text if isinstance(c, str) else [{"role": "assistant", "content": text}]
+            for text, c in zip(texts, completions, strict=True)
+        ]
         try:
-            said = judge(prompts, texts, completion_ids, columns)
+            said = judge(prompts, said_so, ids, columns)
         except Exception:  # any failure of somebody else's function: what it cannot score is reported as such
             found[name] = None
             continue

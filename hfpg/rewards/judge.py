@@ -13,25 +13,31 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import logging
+import math
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from transformers import TrainerState
 
 from hfpg.config import ConfigError, require
 from hfpg.rewards.learned import ClassifierReward
+from hfpg.rewards.output import RewardError, Said, beginning, one_line, read, shown
 from hfpg.types import Scores, Text
 
 
-LARGEST_SCORE = torch.finfo(torch.float32).max
+logger = logging.getLogger(__name__)
 
+V = TypeVar("V")
 
-class RewardError(RuntimeError):
-    """A reward function failed or returned something that is no score."""
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+RECORDED = ("step", "prompt", "completion", "score")  # columns of completions.jsonl that are hfpg's own
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,22 @@ class RewardFunction:
             ConfigError: what is named does not exist, or is neither callable nor a sequence classifier.
         """
         if isinstance(spec, str):
+            require(not spec.endswith(".py"), f"reward {spec!r}: which function of it? Use '{spec}:name'")
             spec = import_function(spec) if ":" in spec else ClassifierReward(spec, tokenizer)
         elif isinstance(spec, torch.nn.Module) and hasattr(spec, "config"):
             spec = ClassifierReward(spec, tokenizer)
         require(
-            callable(spec), f"the reward {spec!r:.60} is not callable; give a function, 'file.py:name' or a classifier"
+            callable(spec),
+            f"the reward {shown(spec)} is not callable; give a function, 'file.py:name' or a classifier",
         )
         name = str(getattr(spec, "name", None) or getattr(spec, "__name__", type(spec).__name__))
-        parameters = inspect.signature(spec).parameters.values()
+        try:
+            parameters = inspect.signature(spec).parameters.values()
+        except (TypeError, ValueError):  # some of Python's own functions do not say what they take
+            raise ConfigError(
+                f"the reward {name!r} does not say which arguments it takes; wrap it, as in "
+                f"`def judge(completions, **columns): return [{name}(c) for c in completions]`"
+            ) from None
         everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         takes = None if everything else frozenset(p.name for p in parameters)
         slow = any(map(inspect.iscoroutinefunction, (spec, type(spec).__call__)))
@@ -66,33 +80,53 @@ class RewardFunction:
 
     def arguments(self, everything: dict[str, Any]) -> dict[str, Any]:
         """Copies of the arguments that this function takes: what it does to them stays with it."""
-        taken = {k: v for k, v in everything.items() if self.takes is None or k in self.takes}
-        return {k: copy.deepcopy(v) if isinstance(v, list) else v for k, v in taken.items()}
+        return {k: _copied(v) for k, v in everything.items() if self.takes is None or k in self.takes}
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an argument. Of the trainer's state, the history's rows are copied, not what stands in them."""
+    if isinstance(value, TrainerState):
+        state = copy.copy(value)
+        state.log_history = [dict(row) for row in value.log_history]
+        return state
+    return copy.deepcopy(value) if isinstance(value, list) else value
 
 
 def import_function(spec: str, what: str = "reward") -> Any:
     """The object that "file.py:name" or "package.module:name" names; `what` it is, for the error messages."""
     where, _, name = spec.rpartition(":")
     require(bool(where and name), f"{what} {spec!r}: use 'file.py:name' or 'package.module:name'")
-    if where.endswith(".py"):
-        path = Path(where)
-        require(path.is_file(), f"{what} {spec!r}: there is no file {where}")
-        module_spec = importlib.util.spec_from_file_location(f"hfpg_{what}_{path.stem}", path)
-        assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_spec.name] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except Exception as error:
-            raise ConfigError(f"{what} {spec!r}: {where} fails: {type(error).__name__}: {error}") from error
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
+    file = Path(where) if where.endswith(".py") else None
+    require(file is None or file.is_file(), f"{what} {spec!r}: there is no file {where}")
+    try:
+        module = importlib.import_module(where) if file is None else _import_file(file, what)
+    except (Exception, SystemExit) as error:  # a script that ends the program when it is imported
+        if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
             raise ConfigError(f"{what} {spec!r}: {error}; use 'file.py:name' or 'package.module:name'") from None
+        told = f"{type(error).__name__}: {one_line(str(error))}{_place(error)}"
+        raise ConfigError(f"{what} {spec!r}: {where} fails: {told}") from error
     names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
     require(hasattr(module, name), f"{what} {spec!r}: {where} has no {name!r}; it has {names[:8]}")
     return getattr(module, name)
+
+
+def _import_file(path: Path, what: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"hfpg_{what}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _place(error: BaseException | None) -> str:
+    """Where in the user's own code an exception came from, as "; judge.py, line 12"; nothing where it did not."""
+    if error is None:
+        return ""
+    ours = (str(Path(__file__).parents[1]), "<frozen importlib", importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    theirs = [f for f in frames if "site-packages" not in f.filename]
+    return f"; {Path(theirs[0].filename).name}, line {theirs[0].lineno}" if theirs else ""
 
 
 @dataclass
@@ -105,17 +139,24 @@ class Log:
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """One value per completion, for the completions file."""
+        """One value per completion, for the completions file; a column of its own name there becomes `extra/NAME`."""
         values = list(values)
         if self.count is not None and len(values) != self.count:
             raise RewardError(
                 f"log_extra({column!r}) got {len(values)} values for {self.count} completions; give one each"
             )
-        self.extra[column] = values
+        self.extra[f"extra/{column}" if column in RECORDED else str(column)] = values
 
     def log_metric(self, name: str, value: float) -> None:
         """One number, averaged over calls and ranks, for the metrics."""
-        self.metrics.setdefault(name, []).append(float(value))
+        self.metrics.setdefault(str(name), []).append(float(value))
+
+
+class DryCall(NamedTuple):
+    """What a call on a few rows has shown."""
+
+    logged: list[str]  # names that functions gave to log_metric
+    unsteady: list[str]  # functions that scored the same completions differently when asked again
 
 
 class Judge:
@@ -156,7 +197,10 @@ class Judge:
             len(self.weights) == len(specs),
             f"reward_weights has {len(self.weights)} entries for {len(specs)} reward functions; give one each",
         )
+        finite = all(map(math.isfinite, self.weights))
+        require(finite, f"reward_weights={self.weights}: a weight is a finite number, such as 1.0")
         require(any(self.weights), f"reward_weights={self.weights} leaves no function that scores; use 1.0 for one")
+        self._told: set[str] = set()  # functions whose traceback was shown
         for function in self.functions:
             if hasattr(function.call, "to") and not getattr(function.call, "placed", False):  # it has a model
                 function.call.to(device)
@@ -166,34 +210,49 @@ class Judge:
         """The functions' names, in order; two of the same name are numbered."""
         return [f.name for f in self.functions]
 
-    def dry_call(self, prompts: list[Text], completion_ids: list[list[int]], columns: dict[str, list]) -> None:
-        """Call every function on a few real rows with made-up completions, before the policy is loaded.
+    def dry_call(
+        self,
+        prompts: list[Text],
+        completion_ids: list[list[int]],
+        columns: dict[str, list],
+        dataset: str = "data set",
+    ) -> DryCall:
+        """Call every function twice on a few real rows with made-up completions, before the policy is loaded.
 
         Raises:
-            ConfigError: a signature that does not fit the columns, an exception, or a result that is no score.
+            ConfigError: a signature that does not fit the columns, an exception, or a result that is no score,
+                whatever `on_error` says.
         """
         words = ["good", "a fine answer"]
-        completions = [
+        completions: list[Text] = [
             words[i % 2] if isinstance(p, str) else [{"role": "assistant", "content": words[i % 2]}]
             for i, p in enumerate(prompts)
         ]
-        given = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        given.update(trainer_state=None, log_extra=Log().log_extra, log_metric=Log().log_metric)
+        self._check_signatures(sorted(columns), dataset)
+        log, on_error = Log(), self.on_error
+        try:
+            self.on_error = "raise"
+            first, again = (self(prompts, completions, completion_ids, columns, log=log) for _ in range(2))
+        except RewardError as error:
+            at = _place(error.__cause__)  # where a script says it in one sentence, no traceback does
+            raise ConfigError(f"{error} (in a dry call on {len(prompts)} rows, before training{at})") from error
+        finally:
+            self.on_error = on_error
+        unsteady = [n for n in self.names if not alike(first.by_function[n], again.by_function[n])]
+        return DryCall(list(log.metrics), unsteady)
+
+    def _check_signatures(self, columns: list[str], dataset: str) -> None:
+        """Every function can be called with what it will get."""
+        given = sorted({*ARGUMENTS, *columns})
         for function in self.functions:
+            taken = dict.fromkeys(n for n in given if function.takes is None or n in function.takes)
             try:
-                inspect.signature(function.call).bind(**function.arguments(given))
+                inspect.signature(function.call).bind(**taken)
             except TypeError as error:
                 raise ConfigError(
-                    f"reward function {function.name!r} does not fit: {error}; it is called with the keywords "
-                    f"{sorted(given)} (the data set's columns are {sorted(columns)})"
+                    f"reward function {function.name!r} does not fit: {error}; it is called with the keywords {given} "
+                    f"(the {dataset}'s columns are {columns})"
                 ) from None
-        try:
-            log = Log()
-            self(prompts, completions, completion_ids, columns, log=log)
-            if log.errors:  # what is dropped in a run is refused before it
-                raise RewardError(log.errors[0])
-        except RewardError as error:
-            raise ConfigError(f"{error} (in a dry call on {len(prompts)} rows, before training)") from error
 
     def __call__(
         self,
@@ -211,9 +270,9 @@ class Judge:
         """
         log = Log() if log is None else log
         log.count = len(completions)
-        everything = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        everything.update(trainer_state=trainer_state, log_extra=log.log_extra, log_metric=log.log_metric)
-        outputs = _run_all(self.functions, everything)
+        state = TrainerState(max_steps=1) if trainer_state is None else trainer_state
+        own = (prompts, completions, completion_ids, state, log.log_extra, log.log_metric)
+        outputs = _run_all(self.functions, columns | dict(zip(ARGUMENTS, own, strict=True)))
         scores, weights = torch.zeros(len(prompts)), torch.zeros(len(prompts))
         per_token = torch.zeros(len(prompts), max(map(len, completion_ids), default=0))
         failed: dict[int, str] = {}
@@ -231,6 +290,11 @@ class Judge:
                 weights[i] = 1.0
                 for place, part in said.parts[i]:
                     per_token[i, place] += weight * part
+        for i in (~(scores.isfinite() & per_token.isfinite().all(1))).nonzero().flatten().tolist():
+            told = f"the weighted scores of sample {i} ({beginning(completions[i])}) are too large to add up"
+            if self.on_error == "raise":
+                raise RewardError(f"{told}; use smaller reward_weights")
+            failed.setdefault(i, told)
         for i in failed:
             scores[i] = weights[i] = per_token[i] = 0.0
         log.errors.extend(failed.values())
@@ -239,12 +303,15 @@ class Judge:
     def _read(self, name: str, output: Any, completions: list[Text], completion_ids: list[list[int]]) -> Said:
         """One function's output, checked; with on_error="drop" a failure stands as text in place of a score."""
         try:
-            if isinstance(output, Exception):
+            if isinstance(output, RewardError):
                 raise output
             said = read(name, output, completions, completion_ids, self.step_ends)
         except RewardError as error:
             if self.on_error == "raise":
                 raise
+            if error.__cause__ is not None and name not in self._told:
+                self._told.add(name)
+                logger.warning("%s; its completions are dropped", error, exc_info=error.__cause__)
             return Said([str(error)] * len(completions), [[]] * len(completions))
         wrong = [text for text in said.sums if isinstance(text, str)]
         if wrong and self.on_error == "raise":
@@ -265,8 +332,8 @@ class Heard(NamedTuple):
 def merge_said(parts: Sequence[Heard]) -> dict[str, Any]:
     """What the judge said in several calls or on several ranks, in order.
 
-    `by_function` and `extra` have one value per row (None where a call was silent), `metrics` the mean of all calls;
-    `errors` one text for each of the completions that failures dropped, out of `rows`.
+    `by_function` and `extra` have one value per row (None where a call was silent); `logged` all values of each metric
+    and `metrics` their mean; `errors` one text for each of the completions that failures dropped, out of `rows`.
     """
 
     def columns(name: str) -> dict[str, list]:
@@ -280,16 +347,18 @@ def merge_said(parts: Sequence[Heard]) -> dict[str, Any]:
     means = {n: sum(values) / len(values) for n, values in logged.items()}
     errors = [text for part in parts for text in part.errors]
     rows = sum(part.rows for part in parts)
-    return dict(by_function=columns("by_function"), extra=columns("extra"), metrics=means, errors=errors, rows=rows)
+    tables = dict(by_function=columns("by_function"), extra=columns("extra"))
+    return tables | dict(logged=logged, metrics=means, errors=errors, rows=rows)
 
 
 def merge_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `merge_said` gave in several rounds of one step, as one."""
-    parts = []
-    for said in rounds:
-        logged = {name: [value] for name, value in said["metrics"].items()}
-        parts.append(Heard(said["rows"], said["by_function"], said["extra"], logged, said["errors"]))
-    return merge_said(parts)
+    return merge_said([Heard(s["rows"], s["by_function"], s["extra"], s["logged"], s["errors"]) for s in rounds])
+
+
+def beside(own: Collection[str], logged: Mapping[str, V]) -> dict[str, V]:
+    """What log_metric got, by the names of the metrics: one that hfpg uses itself becomes `logged/NAME`."""
+    return {f"logged/{name}" if name in own else name: value for name, value in logged.items()}
 
 
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
@@ -300,7 +369,7 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
             return error  # it says already what is wrong
         if isinstance(error, ConfigError):
             return RewardError(f"reward function {function.name!r}: {error}")
-        made = RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {error}")
+        made = RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {one_line(str(error))}")
         made.__cause__ = error
         return made
 
@@ -339,83 +408,9 @@ def numbered(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _is_score(value: Any) -> bool:
-    """A number that is finite in single precision."""
-    return isinstance(value, int | float) and abs(value) <= LARGEST_SCORE
-
-
-class Said(NamedTuple):
-    """What one function said: a sum per completion (None: abstained; a text: why it is no score), and its parts.
-
-    Parts are (place of the token, score), of the completions that were scored token by token or step by step.
-    """
-
-    sums: list[float | None | str]
-    parts: list[list[tuple[int, float]]]
-
-
-def read(
-    name: str,
-    output: Any,
-    completions: Sequence[Text],
-    completion_ids: Sequence[Sequence[int]],
-    step_ends: Callable[[list[int]], list[int]] | None = None,
-) -> Said:
-    """The scores of one function's output.
-
-    Raises:
-        RewardError: no list, or not one entry per completion. What is wrong with a single entry stands in its place.
-    """
-    if isinstance(output, torch.Tensor) or hasattr(output, "tolist"):
-        output = output.tolist()
-    if not isinstance(output, list | tuple):
-        raise RewardError(
-            f"reward function {name!r} returned {output!r:.60}; it must return a list of {len(completions)} floats, "
-            "one per completion (None: cannot judge)"
-        )
-    if len(output) != len(completions):
-        raise RewardError(
-            f"reward function {name!r} returned {len(output)} scores for {len(completions)} completions; it must "
-            "return one per completion (None: cannot judge)"
-        )
-    said = Said([], [])
-    for i, value in enumerate(output):
-        where = f"for sample {i} ({str(completions[i])[:80]!r})"
-        total, parts = _one(name, value, where, list(completion_ids[i]), step_ends)
-        said.sums.append(total)
-        said.parts.append(parts)
-    return said
-
-
-def _one(
-    name: str, value: Any, where: str, tokens: list[int], step_ends: Callable[[list[int]], list[int]] | None
-) -> tuple[float | None | str, list[tuple[int, float]]]:
-    """The sum and the parts of one entry, or what is wrong with it."""
-    try:
-        single = getattr(value, "size", None) == 1 or getattr(value, "numel", int)() == 1
-        plain = value.item() if single else value.tolist() if hasattr(value, "tolist") else value
-    except (RuntimeError, ValueError):  # a tensor that cannot be read
-        plain = value
-    if plain is None:
-        return None, []
-    if not isinstance(plain, list | tuple):
-        if _is_score(plain):
-            return float(plain), []
-        return (
-            f"reward function {name!r} returned {plain!r} {where}; a score is a finite number, or None for "
-            "'cannot judge'",
-            [],
-        )
-    wrong = [part for part in plain if not _is_score(part)]
-    if wrong:
-        return f"reward function {name!r} returned a list with {wrong[0]!r} {where}; each entry is a finite number", []
-    places = list(range(len(tokens)))
-    if len(plain) != len(tokens) and step_ends is not None:
-        places = step_ends(tokens)
-    if len(plain) != len(places):
-        steps = "" if step_ends is None else f" and {len(places)} steps"
-        return (
-            f"reward function {name!r} returned {len(plain)} scores {where}, which has {len(tokens)} tokens{steps}; "
-            "give one per completion, one per token, or with step_marker one per step"
-        ), []
-    return float(sum(plain)), [(place, float(part)) for place, part in zip(places, plain, strict=True)]
+def alike(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
+    """The same scores up to rounding, and the same abstentions."""
+    if [x is None for x in a] != [y is None for y in b]:
+        return False
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return all(math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-6) for x, y in pairs)

@@ -12,108 +12,19 @@ changes no score beyond rounding.
 
 from __future__ import annotations
 
-import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.ops.logprobs import chosen_logprobs
+from hfpg.rewards.model_judge import ModelJudge, in_batches
 from hfpg.rewards.rules import message_text, optional, text_of
 from hfpg.types import Text
-
-
-def in_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Rows in batches, shortest first, of at most max_tokens with padding; a row that is longer goes alone."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and lengths[i] * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-class ModelJudge(ABC):
-    """A model of the Hub, a folder or memory, and its own tokenizer.
-
-    Args:
-        model: Hub id, folder, or a loaded model (which is used as it stands, in evaluation mode, and not changed).
-        tokenizer: default: the model's own; needed with a loaded model.
-        device: where it runs.
-        dtype: of the weights of a model that is loaded by name.
-        max_tokens: tokens of one forward pass, padding included.
-        name: what scores are logged under.
-    Raises:
-        ConfigError: it cannot be loaded, or lacks what the judge needs.
-    """
-
-    auto: Any
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str = "float32",
-        max_tokens: int = 4096,
-        name: str,
-    ):
-        require(max_tokens >= 1, f"max_tokens={max_tokens} must be at least 1; 4096 is the default")
-        self.__name__ = name
-        self.max_tokens = max_tokens
-        if isinstance(model, str | Path):
-            try:
-                with no_progress_bar():
-                    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-                    model = self.auto.from_pretrained(model, dtype=dtype).eval().requires_grad_(False)
-            except (OSError, ValueError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise ConfigError(f"cannot load {model} for the judge {name!r}: {first}") from error
-        require(tokenizer is not None, f"the judge {name!r} needs its model's tokenizer; give tokenizer=")
-        require(
-            not getattr(model.config, "is_encoder_decoder", False),
-            f"the judge {name!r} got the encoder-decoder {type(model).__name__}; give an encoder or a causal model",
-        )
-        self.model, self.tokenizer = model, tokenizer
-        self.placed = device is not None  # where the user wants it; otherwise the run's device
-        if device is not None:
-            self.to(device)
-        positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        self.limit = min(tokenizer.model_max_length, positions)
-
-    def to(self, device: torch.device | str) -> ModelJudge:
-        """Move the model."""
-        self.model.to(device)
-        return self
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """The model's inputs, padded on the right: no earlier token sees that."""
-        width = max(map(len, rows))
-        fill = self.tokenizer.pad_token_id
-        fill = (getattr(self.model.config, "pad_token_id", None) or 0) if fill is None else fill
-        ids = [[*row, *[fill] * (width - len(row))] for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        device = self.model.device
-        return dict(input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device))
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """No gradient and no dropout; afterwards the model is in the mode in which it was."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(training)
 
 
 class Row(NamedTuple):
@@ -150,12 +61,15 @@ class Fluency(ModelJudge):
     ):
         super().__init__(model, tokenizer, device=device, dtype=dtype, max_tokens=max_tokens, name=name)
         require(reduce in ("mean", "sum"), f"reduce={reduce!r}; use 'mean' or 'sum'")
+        self.reduce, self.given_prompt = reduce, given_prompt
+
+    def _check(self) -> None:
         require(
             getattr(self.tokenizer, "is_fast", False),
-            f"the judge {name!r} needs a fast tokenizer, which says where in the text each token stands; "
+            f"{self.called} needs a fast tokenizer, which says where in the text each token stands; "
             f"{type(self.tokenizer).__name__} is none",
         )
-        self.reduce, self.given_prompt = reduce, given_prompt
+        super()._check()
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
         """One log-likelihood per completion, in nats; None: empty, or too long for the model."""
@@ -203,7 +117,7 @@ class Fluency(ModelJudge):
     def _templated(self, prompt: list[dict[str, Any]]) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
-                f"the judge {self.__name__!r} has no chat template, and the prompts are conversations; set "
+                f"the judge {self.name!r} has no chat template, and the prompts are conversations; set "
                 "given_prompt=False to judge completions alone"
             )
         return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -283,6 +197,7 @@ class Relevance(ModelJudge):
     """
 
     auto = AutoModel
+    whole = False  # many checkpoints lack the pooler, which is not read
 
     def __init__(
         self,
@@ -300,7 +215,8 @@ class Relevance(ModelJudge):
         if pooling != "own":
             super().__init__(model, tokenizer, device=device, dtype=dtype, max_tokens=max_tokens, name=name)
             return
-        self.__name__ = name
+        self.name = self.__name__ = name
+        self.placed = device is not None
         if isinstance(model, str | Path):
             library = optional("sentence_transformers", "sentence-transformers", "embedding", "pooling='own'")
             with no_progress_bar():

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hfpg.config import ConfigError, require
-from hfpg.rewards.judge import LARGEST_SCORE, RewardError
+from hfpg.rewards.output import LARGEST_SCORE, RewardError
 from hfpg.rewards.rules import optional
 from hfpg.types import Text
 
@@ -58,6 +58,7 @@ class RemoteJudge:
         retries: attempts after the first.
         backoff: seconds before the first retry; doubled for each further one, times a random factor in [0.5, 1.5).
         max_wait: longest pause before a retry, also where the server asks for more (Retry-After).
+        deadline: seconds of one call: all of its batches with their retries and pauses.
         max_bytes: largest answer that is read.
         allow_insecure: http to other machines, too: anybody on the way can read and change what is sent.
         name: what scores are logged under.
@@ -78,6 +79,7 @@ class RemoteJudge:
         retries: int = 4,
         backoff: float = 0.5,
         max_wait: float = 30.0,
+        deadline: float = 900.0,
         max_bytes: int = 1 << 20,
         allow_insecure: bool = False,
         name: str = "remote",
@@ -97,12 +99,13 @@ class RemoteJudge:
         for key, value in dict(batch_size=batch_size, concurrency=concurrency, max_bytes=max_bytes).items():
             require(isinstance(value, int) and value >= 1, f"{key}={value!r} must be a whole number, at least 1")
         require(isinstance(retries, int) and retries >= 0, f"retries={retries!r} must be a whole number, at least 0")
-        require(0 < timeout < math.inf, f"timeout={timeout} must be a number of seconds above 0")
+        for key, seconds in dict(timeout=timeout, deadline=deadline).items():
+            require(0 < seconds < math.inf, f"{key}={seconds} must be a number of seconds above 0")
         require(0 <= backoff < math.inf, f"backoff={backoff} must be a number of seconds, at least 0")
         require(0 <= max_wait < math.inf, f"max_wait={max_wait} must be a number of seconds, at least 0")
         self.columns, self.batch_size, self.concurrency = tuple(columns), batch_size, concurrency
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.max_wait, self.max_bytes = max_wait, max_bytes
+        self.max_wait, self.deadline, self.max_bytes = max_wait, deadline, max_bytes
         self.sleep, self.random, self.clock = sleep, random, clock
         self.tls = ssl.create_default_context() if urlsplit(url).scheme == "https" else False
         self.__name__ = name
@@ -115,14 +118,15 @@ class RemoteJudge:
         """One score per completion; None where the server says null.
 
         Raises:
-            RemoteError: a batch got no scores in 1 + retries attempts; the other batches are given up.
+            RemoteError: a batch got no scores in 1 + retries attempts, or not all did before the deadline; the other
+                batches are given up.
         """
         missing = [c for c in self.columns if c not in columns]
         if missing:
             raise RemoteError(f"{self} is sent the columns {missing}, which the data set lacks")
         everything = dict(prompts=prompts, completions=completions, **{c: columns[c] for c in self.columns})
         starts = range(0, len(completions), self.batch_size)
-        slots = asyncio.Semaphore(self.concurrency)
+        slots, failures = asyncio.Semaphore(self.concurrency), ["none failed"]
         # an environment's proxy is for other machines; a client lives in one event loop, and each call has its own
         async with self.http.AsyncClient(
             headers=self.headers, timeout=self.timeout, verify=self.tls, trust_env=not self.local
@@ -131,19 +135,26 @@ class RemoteJudge:
             async def one(start: int) -> list[float | None]:
                 batch = {key: values[start : start + self.batch_size] for key, values in everything.items()}
                 async with slots:
-                    return await self._batch(client, batch)
+                    return await self._batch(client, batch, failures)
 
             waiting = [asyncio.ensure_future(one(start)) for start in starts]
             try:
-                parts = await asyncio.gather(*waiting)
+                async with asyncio.timeout(self.deadline):
+                    parts = await asyncio.gather(*waiting)
+            except TimeoutError:
+                done = sum(task.done() and not task.cancelled() for task in waiting)
+                raise RemoteError(
+                    f"{self} scored {done} of {len(waiting)} batches in {self.deadline:g} s (deadline=); the last "
+                    f"failed attempt: {failures[-1]}"
+                ) from None
             finally:
                 for task in waiting:
                     task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
         return [score for part in parts for score in part]
 
-    async def _batch(self, client: Any, batch: dict[str, list]) -> list[float | None]:
-        """The scores of one batch, after as many attempts as it takes and may take."""
+    async def _batch(self, client: Any, batch: dict[str, list], failures: list[str]) -> list[float | None]:
+        """The scores of one batch, after as many attempts as it takes and may take; `failures` gets what failed."""
         count = len(batch["completions"])
         try:
             body = json.dumps(batch, allow_nan=False).encode()
@@ -153,6 +164,7 @@ class RemoteJudge:
             try:
                 return await self._attempt(client, body, count)
             except _Attempt as failed:
+                failures.append(f"it {failed}")
                 if attempt == self.retries or not failed.again:
                     tried = f" ({attempt + 1} attempts)" if attempt else ""
                     raise RemoteError(f"{self} {failed}{tried}") from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from hfpg.config import ConfigError, require
-from hfpg.rewards.judge import RewardError
+from hfpg.rewards.output import RewardError
 from hfpg.rewards.rules import Rule, column_of, named, text_of
 from hfpg.types import Text
 

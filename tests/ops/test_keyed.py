@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfpg.ops.keyed import gumbel_max, key, mix, permutation, row_keys, uniforms
+from hfpg.ops import keyed
+from hfpg.ops.keyed import GumbelMax, gumbel_max, key, mix, permutation, row_keys, uniforms
+from hfpg.ops.logprobs import chosen_logprobs, entropy, sampling_logits
 
 
 def chi2_is_plausible(counts: Tensor, expected: Tensor) -> bool:
@@ -159,3 +161,68 @@ def test_rounding_differences_in_the_logits_change_no_draw():
     u = uniforms(row_keys(0, "cdf", torch.arange(draws)), 1)[:, 0]
     before, after = (torch.searchsorted(z.double().softmax(-1)[0].cumsum(0), u) for z in (logits, logits + half))
     assert (before != after).sum() > 3
+
+
+def some_logits(rows: int, vocabulary: int, seed: int = 0) -> Tensor:
+    """Random logits in which every other row has holes of −inf, a whole block among them."""
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, vocabulary, generator=g)
+    holes = torch.rand(rows, vocabulary, generator=g) < 0.5
+    holes[:, : vocabulary // 3] = True
+    holes[:, -1] = False
+    holes[::2] = False
+    return logits.masked_fill(holes, -math.inf)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 13, 64, 1000, 8192])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fast_sampler_draws_the_same_tokens(vocabulary: int, temperature: float, dtype: torch.dtype):
+    """Token for token those of `gumbel_max`, with the log-probabilities and entropy of the plain formulas."""
+    rows = 400 if vocabulary > 1000 else 3000
+    raw, keys = some_logits(rows, vocabulary).to(dtype), row_keys(5, "s", torch.arange(rows))
+    logits = sampling_logits(raw, temperature)
+    drawn = GumbelMax(raw)(raw, keys, temperature)
+    assert torch.equal(drawn.tokens, gumbel_max(logits, keys))
+    assert logits.gather(1, drawn.tokens[:, None]).isfinite().all()
+    exact, atol = sampling_logits(raw.double(), temperature), 5e-6 if dtype == torch.float32 else 1e-12
+    assert drawn.logprobs.dtype == drawn.entropy.dtype == dtype
+    assert (drawn.logprobs - chosen_logprobs(exact, drawn.tokens)).abs().max() < atol
+    assert (drawn.entropy - entropy(exact)).abs().max() < atol
+
+
+def test_the_fast_sampler_is_greedy_when_asked():
+    raw = some_logits(50, 37)
+    drawn = GumbelMax(raw)(raw, torch.zeros(50, dtype=torch.long), greedy=True)
+    assert torch.equal(drawn.tokens, raw.argmax(1))
+    torch.testing.assert_close(drawn.logprobs, chosen_logprobs(raw, drawn.tokens))
+
+
+def test_the_fast_sampler_is_used_again_in_any_size_and_leaves_the_logits_alone(monkeypatch: pytest.MonkeyPatch):
+    """Buffers hold what earlier calls left, and rows go through in chunks: neither moves a token."""
+    monkeypatch.setattr(keyed, "CPU_CHUNK", 7 * 49)
+    sampler = GumbelMax(some_logits(30, 41))
+    assert sampler.rows == 7
+    for seed, rows in enumerate((30, 3, 29, 1, 14)):
+        raw, keys = some_logits(rows, 41, seed), row_keys(seed, "s", torch.arange(rows))
+        before = raw.clone()
+        assert torch.equal(sampler(raw, keys).tokens, gumbel_max(raw, keys))
+        assert torch.equal(raw, before)
+
+
+def test_the_fast_sampler_computes_half_precision_in_fp32():
+    raw, keys = some_logits(500, 90).bfloat16(), row_keys(1, "s", torch.arange(500))
+    drawn = GumbelMax(raw)(raw, keys, 0.9)
+    assert drawn.logprobs.dtype == torch.float32
+    assert torch.equal(drawn.tokens, gumbel_max(sampling_logits(raw, 0.9), keys))
+
+
+@pytest.mark.parametrize("vocabulary", [2, 13, 30])
+def test_the_fast_sampler_draws_from_the_softmax(vocabulary: int):
+    logits, draws = some_logits(2, vocabulary)[1:], 200_000
+    chunks = torch.arange(draws).split(10_000)
+    sampler = GumbelMax(logits.expand(10_000, -1))
+    tokens = torch.cat([sampler(logits.expand(len(c), -1), row_keys(0, "fast", c)).tokens for c in chunks])
+    counts, p = torch.bincount(tokens, minlength=vocabulary).float(), logits[0].softmax(0)
+    assert not counts[p == 0].any()
+    assert (p > 0).sum() == 1 or chi2_is_plausible(counts[p > 0], draws * p[p > 0])

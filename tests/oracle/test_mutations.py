@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hfpg.learner import Learner
-from hfpg.ops import baselines, logprobs, masked, objectives, returns
+from hfpg.ops import baselines, head, masked, objectives, returns
 from hfpg.ops.kl import k3
 from tests.oracle import test_exact, test_groups, test_kl, test_trl
 
@@ -54,8 +54,7 @@ def value_after_the_token(patch: pytest.MonkeyPatch) -> None:
 
 def no_temperature(patch: pytest.MonkeyPatch) -> None:
     """Scores at τ = 1 what was sampled at another temperature."""
-    plain = logprobs.sampling_logits
-    patch.setattr("hfpg.ops.logprobs.sampling_logits", lambda logits, temperature, kept=None: plain(logits, 1.0, kept))
+    patch.setattr("hfpg.models.head_scores", lambda h, w, b, y, t, *rest: head.head_scores(h, w, b, y, 1.0, *rest))
 
 
 def k3_with_the_wrong_sign(patch: pytest.MonkeyPatch) -> None:
@@ -119,10 +118,8 @@ def kl_of_the_own_token_only(patch: pytest.MonkeyPatch) -> None:
 
 def raw_logits_under_top_p(patch: pytest.MonkeyPatch) -> None:
     """Scores over the whole vocabulary what was drawn from the likeliest part of it."""
-    plain = logprobs.sampling_logits
-    patch.setattr(
-        "hfpg.ops.logprobs.sampling_logits", lambda logits, temperature, kept=None: plain(logits, temperature)
-    )
+    plain = head.head_scores
+    patch.setattr("hfpg.models.head_scores", lambda h, w, b, y, t, kept, *rest: plain(h, w, b, y, t, None, *rest))
 
 
 def ratio_from_generate(patch: pytest.MonkeyPatch) -> None:

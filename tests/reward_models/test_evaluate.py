@@ -5,27 +5,10 @@ import math
 import random
 
 import pytest
-from evaluate import correlation, main, measure, reliability, wilson
+from evaluate import correlation, main, measure, reliability
 
 from hfpg.config import ConfigError
 from tests.reward_models.world import write
-
-
-def test_wilson_interval_of_the_textbook():
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    low, high = wilson(0, 10)
-    assert low == pytest.approx(0, abs=1e-12)
-    assert high == pytest.approx(0.2775, abs=1e-4)
-    assert wilson(10, 10)[1] <= 1 + 1e-12
-
-
-def test_the_interval_covers_the_truth_in_19_of_20_experiments():
-    draw = random.Random(0)
-    hits = 0
-    for _ in range(1000):
-        low, high = wilson(sum(draw.random() < 0.8 for _ in range(50)), 50)
-        hits += low <= 0.8 <= high
-    assert 930 <= hits <= 970
 
 
 def test_a_judge_whose_logits_are_the_truth_has_no_calibration_error_and_twice_them_has():
@@ -73,6 +56,9 @@ def judge(tmp_path):
         "    return [float(len(p + c)) for p, c in zip(prompts, completions)]\n"
         "def shy(completions, **columns):\n    return [None if c == 'b' else 1.0 for c in completions]\n"
         "def mute(completions, **columns):\n    return [None for c in completions]\n"
+        "def lost(completions, **columns):\n    return [float('nan') if c == 'b' else 1.0 for c in completions]\n"
+        "def short(completions, **columns):\n    return [1.0]\n"
+        "def wordy(completions, **columns):\n    return ['good' for c in completions]\n"
         "async def slow(completions, **columns):\n    return [1.0 for c in completions]\n"
     )
     rows = [{"prompt": "p", "chosen": "aaa", "rejected": "b"}, {"prompt": "p", "chosen": "c", "rejected": "dd"}]
@@ -96,6 +82,20 @@ def test_pairs_that_the_judge_abstains_from_are_counted(judge, tmp_path):
         main(["--judge", f"{path}:mute", "--dataset", data])
     with pytest.raises(ConfigError, match="is async"):
         main(["--judge", f"{path}:slow", "--dataset", data])
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("lost", "the judge 'lost' returned nan for text 0; a score is a finite number, or None"),
+        ("wordy", "the judge 'wordy' returned 'good' for text 0; a score is a finite number"),
+        ("short", "the judge 'short' returned 1 scores for 2 texts; it must return one each"),
+    ],
+)
+def test_a_failed_score_is_never_a_number(judge, name, sentence):
+    path, data = judge
+    with pytest.raises(ConfigError, match=sentence):
+        main(["--judge", f"{path}:{name}", "--dataset", data])
 
 
 def test_what_is_missing_is_named():

@@ -4,7 +4,7 @@ import random
 
 import torch
 from embedded_data import Sentence
-from film_judge import pair, shorten, span, write_backbone, write_pairs
+from film_judge import about, main, pair, shorten, span, write_backbone, write_pairs
 from train import Script, load_backbone
 
 from hfpg import embedded
@@ -59,3 +59,37 @@ def test_the_backbone_is_judge_a_without_what_it_knows(tmp_path):
     assert abs(r) < 0.02
     model, _ = load_backbone(Script(model=folder, dataset="x"))
     assert torch.equal(model.classifier.weight, fresh["classifier.weight"])  # drawn once, by write_backbone
+
+
+def test_the_card_says_whose_ratings_they_are_and_whom_to_cite():
+    parts = [s for part in ("judge_a", "judge_b", "prompts", "lm") for s in sentences(part)]
+    told = about([*parts, *sentences("judge_a", 7, "tweet")])
+    for words in (
+        "made from ratings: nobody chose",
+        "Trained on 40 film-review sentences, 0\nproduct reviews and 7 tweets",
+        "held out: 80 film-review\nsentences",
+        "source distribution of `vaderSentiment==3.3.2` (MIT licence,",
+        "Please cite C.J. Hutto and E.E. Gilbert, *VADER: A Parsimonious Rule-based Model",
+        "ICWSM-14",
+        "@inproceedings{hutto2014vader,",
+        "year      = {2014}",
+        "B. Pang and L. Lee",
+    ):
+        assert words in told, words
+    assert "$" not in told
+
+
+def test_the_command_makes_a_judge_whose_card_has_that_paragraph(tmp_path, monkeypatch):
+    """With made-up ratings in the place of the fetched ones, for three steps."""
+    parts = [s for part in ("judge_a", "judge_b", "prompts") for s in sentences(part)]
+    monkeypatch.setattr("film_judge.load", lambda work: parts)
+    monkeypatch.setattr("film_judge.WORK", tmp_path)
+    facts = main(["--output_dir", str(tmp_path / "judge"), "--max_steps", "3", "--disable_tqdm", "True"])
+    assert facts["steps"] == 3 and facts["prompts"]["n"] == 40
+    card = (tmp_path / "judge" / "README.md").read_text(encoding="utf-8")
+    assert f"## Data\n\n{about(parts).strip()}\n\n## How it was made" in card
+    assert card.startswith("---\nlibrary_name: transformers") and "license: mit" in card
+    others = ["--dataset", str(tmp_path / "held_out.jsonl"), "--output_dir", str(tmp_path / "other")]
+    main([*others, "--max_steps", "1", "--disable_tqdm", "True"])
+    card = (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
+    assert "Hutto" not in card, "other data have other authors"

@@ -80,14 +80,51 @@ def judge(tmp_path):
 FEW = ["--samples", "32", "--max_completion_length", "8"]
 
 
-def test_flags_are_printed_and_kept_in_the_config_and_the_judge_is_as_before(judge, capsys):
-    before = ClassifierReward(str(judge))(["A fine"], [" film."])
-    found = normalize.main(["--judge", str(judge), "--store", "True", *FEW])
+def said(folder, **how):
+    """The judge's scores of a few texts."""
+    return torch.tensor(
+        ClassifierReward(str(folder), **how)(["A fine", "A bad", "What a"], [" film.", " film.", " mess."])
+    )
+
+
+def test_flags_are_printed_and_the_judge_is_as_before(judge, capsys):
+    before, config = said(judge), (judge / "config.json").read_text()
+    found = normalize.main(["--judge", str(judge), *FEW])
     told = capsys.readouterr().out
     assert f"--reward_normalization fixed --reward_mean {found['mean']:.6g} --reward_std {found['std']:.6g}" in told
+    assert torch.equal(said(judge), before) and (judge / "config.json").read_text() == config
+
+
+def test_what_is_stored_is_what_hfpg_applies(judge, capsys):
+    before = said(judge)
+    (judge / "README.md").write_text("# My judge\n")
+    found = normalize.main(["--judge", str(judge), "--store", "True", *FEW])
+    assert "--reward_mean" not in capsys.readouterr().out, "flags and config would normalise twice"
     config = json.loads((judge / "config.json").read_text())
     assert (config["reward_mean"], config["reward_std"]) == (found["mean"], found["std"])
-    assert ClassifierReward(str(judge))(["A fine"], [" film."]) == before
+    torch.testing.assert_close(said(judge), (before - found["mean"]) / found["std"])
+    assert torch.equal(said(judge, normalize=False), before)
+    card = (judge / "README.md").read_text(encoding="utf-8")
+    assert card.startswith(
+        "# My judge\n\nNormalised to mean 0 and std 1 on 32 completions of tiny-gpt2-reviews: score"
+    )
+    seen = normalize.main(["--judge", str(judge), *FEW])  # as a run sees it now
+    assert (seen["mean"], seen["std"]) == pytest.approx((0, 1), abs=1e-5)
+
+
+def test_storing_again_measures_the_judge_itself(judge):
+    first = normalize.main(["--judge", str(judge), "--store", "True", *FEW])
+    assert normalize.main(["--judge", str(judge), "--store", "True", *FEW]) == first
+    assert (judge / "README.md").read_text(encoding="utf-8").count("Normalised") == 1
+
+
+def test_a_stored_scale_is_folded_in_once(judge, tmp_path):
+    before = said(judge)
+    normalize.store(judge, 5.0, 7.0)  # of another policy
+    found = normalize.main(["--judge", str(judge), "--apply", "True", "--output_dir", str(tmp_path / "own"), *FEW])
+    torch.testing.assert_close(said(tmp_path / "own"), (before - found["mean"]) / found["std"], rtol=1e-4, atol=1e-5)
+    assert "reward_mean" not in json.loads((tmp_path / "own" / "config.json").read_text())
+    assert ClassifierReward(str(tmp_path / "own")).name == "own"
 
 
 def test_after_apply_the_same_policy_has_mean_0_and_std_1(judge, capsys):

