@@ -373,11 +373,11 @@ class ActorCritic(nn.Module):
         if not self.takes_positions or not by_mask:
             return False
         device = next(self.policy.parameters()).device
-        ids = (torch.arange(36, device=device).view(4, 9) * 7 + 3) % self.vocabulary
-        ids[1, :3] = ids[0, :3]  # two completions of one prompt; all four stand in one row
-        mask = torch.arange(9, device=device) < torch.tensor([9, 6, 7, 9], device=device)[:, None]
+        ids = (torch.arange(24, device=device).view(4, 6) * 7 + 3) % self.vocabulary
+        ids[1, :2] = ids[0, :2]  # two completions of one prompt; all four stand in one row
+        mask = torch.arange(6, device=device) < torch.tensor([6, 4, 5, 6], device=device)[:, None]
         mask[2, 0] = False
-        rows = ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:]
+        rows = ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:]
         layouts = [padded(*rows), packed(*rows, even_if_dearer=True)]
         try:
             hidden = [self._trunk(lm.base_model, x, None)[x.source] for x in layouts if x is not None]

@@ -1,0 +1,182 @@
+"""One piece of work, which both sides do: its sizes, its model, its prompts, and the flags that choose it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from hfpg.config import no_progress_bar
+
+
+PAD, EOS, UNKNOWN = 0, 1, 2
+EOS_RATE = 0.04  # chance of EOS at every token of a `ragged` model: about 25 of 48 tokens
+RAGGED_PROMPTS = (4, 64)  # tokens
+ARCHITECTURES = {
+    "T": dict(vocab_size=512, n_embd=64, n_layer=2, n_head=2),  # a toy, for tests
+    "S": dict(vocab_size=8192, n_embd=256, n_layer=4, n_head=4),  # 5.4 M parameters
+    "M": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12),  # GPT-2 small
+}
+NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+SIZES: dict[str, dict[str, int]] = {
+    "T": dict(samples=8, epochs=2, micro_positions=64, prompt_length=6, completion_length=10),
+    "S": dict(samples=64, epochs=4, micro_positions=1024),
+    "M": dict(samples=16, epochs=2, micro_positions=512),  # and every folder
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step does. `samples` are completions, `epochs` passes over them with `minibatches` optimizer steps."""
+
+    algorithm: str = "rloo"
+    model: str = "S"  # T, S, M, or the name of a folder
+    completions: str = "ragged"
+    prompts: str = "fixed"
+    value: Literal["shared", "separate"] = "shared"
+    samples: int = 64
+    generations: int = 4  # completions of one prompt; 1 for PPO
+    prompt_length: int = 16
+    completion_length: int = 48
+    epochs: int = 4
+    minibatches: int = 1
+    micro_positions: int = 1024
+    kl_coef: float = 0.05
+    learning_rate: float = 1e-6
+    trainable_layers: int | None = None  # hfpg alone: only so many layers at the top learn
+    threads: int = 1
+    steps: int = 3  # measured; one more before them is warm-up
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples % (self.generations * self.minibatches):
+            raise SystemExit(
+                f"error: {self.samples} samples are no multiple of {self.generations} completions a prompt × "
+                f"{self.minibatches} minibatches; try {4 * self.generations * self.minibatches}"
+            )
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one step."""
+        return self.samples // self.generations
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens that a prompt can have."""
+        return self.prompt_length if self.prompts == "fixed" else RAGGED_PROMPTS[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch where rows are counted: the most that divide a minibatch and fit the positions."""
+        minibatch = self.samples // self.minibatches
+        fit = max(1, self.micro_positions // (self.longest_prompt + self.completion_length))
+        return max(n for n in range(1, minibatch + 1) if minibatch % n == 0 and n <= fit)
+
+    def describe(self) -> str:
+        """A line for people."""
+        critic = f", {self.value} critic" if self.algorithm == "ppo" else ""
+        law = f"{self.completions} " if self.model in ARCHITECTURES else ""
+        part = "" if self.trainable_layers is None else f", top {self.trainable_layers} layers"
+        prompts = self.prompt_length if self.prompts == "fixed" else "{}–{}".format(*RAGGED_PROMPTS)
+        return (
+            f"{self.algorithm.upper()}{critic}, {self.model}{part}, {law}completions ≤ {self.completion_length}, "
+            f"prompts {prompts}, {self.samples} samples, {self.epochs} epochs"
+        )
+
+
+# ── flags
+
+
+def add_work_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which work; sizes left out are those of the model."""
+    add = parser.add_argument
+    add("--algorithm", choices=("rloo", "grpo", "ppo"), default="rloo")
+    add("--model", default="S", help="S, M or T (random weights, made here), or the folder of a causal LM.")
+    add("--completions", choices=("ragged", "fixed"), default="ragged", help="EOS now and then, or never; S, M, T.")
+    add("--prompts", choices=("fixed", "ragged"), default="fixed", help="16 tokens each, or 4 to 64.")
+    add("--value", choices=("shared", "separate"), default="shared", help="hfpg's critic in PPO; TRL's is separate.")
+    add("--threads", type=int, default=1)
+    add("--steps", type=int, default=3, help="Measured steps; one more before them is warm-up.")
+    add("--seed", type=int, default=0)
+    add("--trainable-layers", type=int, help="Only so many layers at the top learn; for hfpg alone.")
+    for name in ("samples", "epochs", "minibatches", "micro_positions", "prompt_length", "completion_length"):
+        add(f"--{name.replace('_', '-')}", type=int, help="Default: the model's work, see docs/performance.md.")
+
+
+def work_from(args: argparse.Namespace) -> Work:
+    """The work that parsed flags say."""
+    sizes: dict[str, Any] = dict(SIZES.get(args.model, SIZES["M"]))
+    sizes["generations"] = 1 if args.algorithm == "ppo" else 4
+    names = {f.name for f in dataclasses.fields(Work)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return Work(**sizes | given | {"model": Path(args.model).name})
+
+
+# ── model and prompts
+
+
+def model_folder(model: str, completions: str, into: Path) -> Path:
+    """The folder that both sides load: the one given, or a model made here."""
+    if model not in ARCHITECTURES:
+        if not Path(model, "config.json").exists():
+            raise SystemExit(f"error: --model {model} holds no config.json; give the folder of a model, or S, M or T")
+        return Path(model).resolve()
+    folder = into / model
+    config = GPT2Config(
+        n_positions=512, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, **NO_DROPOUT, **ARCHITECTURES[model]
+    )
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(config)
+    bake_eos(lm, EOS_RATE if completions == "ragged" else 0.0)
+    lm.generation_config.eos_token_id, lm.generation_config.pad_token_id = EOS, PAD
+    with no_progress_bar():
+        lm.save_pretrained(folder)
+    word_tokenizer(config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def bake_eos(lm: Any, rate: float) -> None:
+    """Put the chance of EOS into the bias of the last norm, where every library sees it; rate 0: never."""
+    row = lm.transformer.wte.weight[EOS]
+    logit = math.log(rate * lm.config.vocab_size) if rate else -25.0  # the other logits are near 0
+    lm.transformer.ln_f.bias.copy_(row / row.pow(2).sum() * logit)
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """One token per word: w3, w4, …"""
+    vocabulary = {"[PAD]": PAD, "[EOS]": EOS, "[UNK]": UNKNOWN} | {f"w{i}": i for i in range(3, size)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", model_max_length=512, **names)
+
+
+def single_words(tokenizer: Any, count: int = 500) -> list[str]:
+    """Words that the tokenizer makes one token of, after a space."""
+    found = []
+    for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        word = token.lstrip("Ġ▁")
+        plain = len(word) > 1 and word.isascii() and word.isalnum() and word.islower()
+        if plain and len(tokenizer(" " + word, add_special_tokens=False)["input_ids"]) == 1:
+            found.append(word)
+        if len(found) == count:
+            break
+    return found
+
+
+def prompt_texts(work: Work, tokenizer: Any) -> list[str]:
+    """Prompts for warm-up and measured steps, with exactly known lengths: as many words as tokens."""
+    generator, words = random.Random(work.seed), single_words(tokenizer)
+    shortest = work.prompt_length if work.prompts == "fixed" else RAGGED_PROMPTS[0]
+    count = work.prompts_per_step * (work.steps + 2)
+    lengths = [generator.randint(shortest, work.longest_prompt) for _ in range(count)]
+    return ["".join(f" {generator.choice(words)}" for _ in range(length)) for length in lengths]
