@@ -218,10 +218,14 @@ def drawn(prompts: Prompts, ids: Int[Tensor, "B C"], pad: int, sampler: KeyedSam
 
 @contextmanager
 def fresh_generation_config(lm: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills unset options from the model's own config (top_k = 50, penalties, …): hide it."""
-    own = lm.generation_config
-    lm.generation_config = GenerationConfig()
+    """`generate` fills unset options from the model's own config (top_k = 50, penalties, …): hide it.
+
+    And the id of its padding: GPT-2 would take drawn tokens of that id for padding, and warn of a mask that is not
+    needed.
+    """
+    own, padding = lm.generation_config, getattr(lm.config, "pad_token_id", None)
+    lm.generation_config, lm.config.pad_token_id = GenerationConfig(), None
     try:
         yield
     finally:
-        lm.generation_config = own
+        lm.generation_config, lm.config.pad_token_id = own, padding

@@ -124,3 +124,18 @@ def test_top_k_one_is_greedy():
     )[:, samples.prompt_ids.shape[1] :]
     width = greedy.shape[1]
     assert torch.equal(samples.completion_ids[:, :width] * samples.completion_mask[:, :width], greedy)
+
+
+def test_drawn_tokens_are_not_taken_for_padding(caplog, monkeypatch):
+    """GPT-2 warns of a missing mask where the last token is that of its padding; here it was drawn, and read."""
+    from transformers.utils import logging
+
+    model = tiny.model("gpt2")
+    model.config.pad_token_id = 52
+    warned = []
+    monkeypatch.setattr(logging.get_logger("transformers.modeling_utils"), "warning_once", warned.append)
+    data = PromptData([{"prompt": "ab"}] * 8, tiny.tokenizer())
+    prompts = data.rows(range(8), torch.arange(8), 1, "cpu")
+    samples = HFGenerator(tiny.tokenizer(), seed=1, max_completion_length=20)(model, prompts)
+    assert (samples.completion_ids[samples.completion_mask] == 52).any()
+    assert not warned and model.config.pad_token_id == 52
