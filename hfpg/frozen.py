@@ -86,12 +86,25 @@ def skipping(
 @torch.no_grad()
 def states_below(trunk: nn.Module, count: int, inputs: dict[str, Any]) -> Float[Tensor, "R L H"]:
     """What the first `count` layers of the trunk say; those above are not computed."""
+    return _below(trunk, count, inputs)
+
+
+def _below(trunk: nn.Module, count: int, inputs: dict[str, Any]) -> Tensor:
     layers = layer_list(trunk)
     assert layers is not None
     with skipping(trunk, count, len(layers)) as first:
         trunk(**inputs)
     assert first is not None
     return first.__dict__["read"]
+
+
+def learns_below(trunk: nn.Module, count: int, inputs: dict[str, Any]) -> bool:
+    """True if something below layer `count` gets a gradient, of which the layers themselves tell nothing."""
+    try:
+        with torch.enable_grad():
+            return _below(trunk, count, inputs).requires_grad
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError, KeyError):
+        return True
 
 
 def resumes(trunk: nn.Module, count: int, inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -25,6 +25,7 @@ from hfpg.models import ActorCritic, Reference
 from hfpg.ops.direct import adding_to
 from hfpg.ops.keyed import permutation
 from hfpg.ops.masked import Aggregation, extent, token_coefficients
+from hfpg.ops.packing import positions_of
 from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
 
 
@@ -103,7 +104,7 @@ class Learner:
             with self.accelerator.autocast(), onednn_linears(self.actor):
                 said = self._said(inputs, with_last_values, given)
             for name, values in said.items():
-                put(name, rows, values.to(torch.promote_types(values.dtype, torch.float32)))
+                put(name, rows, values if name.endswith("_states") else at_least_single(values))
         return OldScores(**{name: found.get(name) for name in OldScores._fields})  # type: ignore[arg-type]
 
     def _said(self, inputs: dict[str, Any], with_last_values: bool, given: OldScores | None) -> dict[str, Tensor]:
@@ -230,14 +231,15 @@ class Learner:
                 inputs = model_inputs(part, self.args.temperature)
                 reference = self.reference if with_kl else None
                 direct = self.actor.large_matrices() if world == 1 else []
+                # around the backward pass too: it makes parts of the forward again, which has to be the same one
                 with adding_to(*direct), onednn_linears(self.actor):
                     new = self.model(**inputs, with_entropy=with_entropy, reference=reference)
-                token = loss(new, part, credit)
-                weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
-                total = weighted.sum()
-                # a loss may leave an output out, but DDP waits for the gradient of every parameter
-                total = total + sum(0 * x.sum() for x in (new.logprobs, new.values) if x is not None)
-                self.accelerator.backward(total * world)  # DDP takes the mean over ranks; the sum is wanted
+                    token = loss(new, part, credit)
+                    weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
+                    total = weighted.sum()
+                    # a loss may leave an output out, but DDP waits for the gradient of every parameter
+                    total = total + sum(0 * x.sum() for x in (new.logprobs, new.values) if x is not None)
+                    self.accelerator.backward(total * world)  # DDP takes the mean over ranks; the sum is wanted
             if not last:
                 self.on_event("on_substep_end")
             with torch.no_grad():
@@ -260,12 +262,26 @@ class Learner:
         mine = counting[dealt[self.accelerator.process_index]]
         return [mine[part] for part in self.micro_batches(rollout.take(mine), self.args.max_tokens_per_micro_batch)]
 
-    def micro_batches(self, rows: Samples | Rollout, max_tokens: int) -> list[Tensor]:
-        """Parts of the rows whose forward pass has at most `max_tokens` positions (one row at least)."""
+    def micro_batches(self, rows: R, max_tokens: int) -> list[Tensor]:
+        """Parts of the rows whose forward pass has at most `max_tokens` positions (one row at least).
+
+        Packed rows may have a tenth more, where they do not come out even.
+        """
         lengths = rows.prompt_mask.sum(1), extent(rows.completion_mask)
         if self.actor.packs:
-            return packed_batches(*lengths, rows.group_ids, max_tokens)
+            found = packed_batches(*lengths, rows.group_ids, max_tokens)
+            return [part for batch in found for part in self._fitting(rows, batch, max_tokens)]
         return micro_batches(*lengths, max_tokens)
+
+    def _fitting(self, rows: R, batch: Tensor, max_tokens: int) -> list[Tensor]:
+        """The batch, halved until each part's layout has at most `max_tokens` positions and a tenth more."""
+        part = trim(rows.take(batch))
+        given = (part.prompt_ids, part.prompt_mask, part.completion_ids, part.completion_mask)
+        if len(batch) == 1 or positions_of(*given, self.actor.hidden_size) <= 1.1 * max_tokens:
+            return [batch]
+        middle = len(batch) // 2
+        halves = batch[:middle], batch[middle:]
+        return [fits for half in halves for fits in self._fitting(rows, half, max_tokens)]
 
     def forget_policy_gradient(self) -> None:
         """Drop what was accumulated for the policy: the next step trains the value function alone."""
@@ -331,7 +347,7 @@ class Learner:
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("|")
             target = parameters[parameter]
-            value = tensor.clone() if key == "step" else tensor.to(target.device)
+            value = tensor.to(target.device, copy=True)
             self.optimizer.optimizer.state[target][key] = value
         self.start_schedule(turn)
 
@@ -424,6 +440,11 @@ def packed_batches(
             sizes[len(batches) - 1] = size
     # the largest first: memory that it leaves behind holds each of the others
     return [torch.tensor(batches[i]) for i in sorted(sizes, key=lambda i: -sizes[i])]
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """In float32, or in its own dtype where that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def captured(samples: Samples | Rollout) -> OldScores | None:

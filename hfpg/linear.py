@@ -26,7 +26,7 @@ def onednn_linears(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 def _suits(layer: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
-from hfpg.frozen import frozen_layers, resumes, skipping, states_below
+from hfpg.frozen import frozen_layers, learns_below, resumes, skipping, states_below
 from hfpg.linear import onednn_linears
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
 from hfpg.ops.direct import is_direct, look_up
@@ -93,8 +93,7 @@ class ActorCritic(nn.Module):
         self.frozen_layers = self._frozen_layers(batch[0])
         if value is not None:
             width = self._head_input_width(*batch)
-            frozen = {id(p): p for p in lm.parameters() if not p.requires_grad}  # one copy is enough
-            trunk = copy.deepcopy(lm.base_model, frozen) if value == "separate" else None
+            trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
             self.value = ValueHead(width, trunk).to(next(lm.parameters()).device)
         self.eval()
 
@@ -150,7 +149,7 @@ class ActorCritic(nn.Module):
         if self.value is None or not with_values:
             return Scored(logprobs, entropies, None, kl)
         if self.value.trunk is not None:
-            whole = self._trunk(self.value.trunk, layout, states)
+            whole = self._trunk(self.value.trunk, layout, states if self.value.shares_frozen else None)
         values = _unflatten(self.value(whole[layout.source]), completion_mask)
         # the state after the last chosen token, or after the prompt where there is none
         last_values = self.value(whole[layout.last]) if with_last_values else None
@@ -172,7 +171,7 @@ class ActorCritic(nn.Module):
         states = None
         if prompt_states is not None and completion_states is not None:
             states = layout.lay(torch.cat([prompt_states, completion_states], 1))
-        whole = self._trunk(self.value.trunk, layout, states)
+        whole = self._trunk(self.value.trunk, layout, states if self.value.shares_frozen else None)
         return _unflatten(self.value(whole[layout.source]), completion_mask)
 
     @torch.no_grad()
@@ -381,7 +380,7 @@ class ActorCritic(nn.Module):
         layouts = [padded(*rows), packed(*rows, even_if_dearer=True)]
         try:
             hidden = [self._trunk(lm.base_model, x, None)[x.source] for x in layouts if x is not None]
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
             logger.info("the rows of %s are padded, not packed (%s)", type(lm).__name__, error)
             return False
         if not (agree := _close(*hidden)):
@@ -399,7 +398,7 @@ class ActorCritic(nn.Module):
         given = {name: x for name, x in inputs.items() if name != "input_ids"}
         try:
             ours = lm.base_model(**given, inputs_embeds=embed(inputs["input_ids"])).last_hidden_state
-        except (TypeError, ValueError, AttributeError, RuntimeError):
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
             return False
         return by_ids is not None and _close(by_ids, ours)
 
@@ -407,6 +406,8 @@ class ActorCritic(nn.Module):
         """Layers, from the first, that do not learn and whose output may stand for them."""
         trunk = causal_lm(self.policy).base_model
         count = frozen_layers(trunk)
+        if count and learns_below(trunk, count, inputs):
+            return 0  # such as a table of positions: it would get no gradient
         found = resumes(trunk, count, inputs) if count else None
         if count and (found is None or not _close(*found)):
             logger.info("%s cannot go on from the states of its frozen layers", type(trunk).__name__)
@@ -485,6 +486,7 @@ class ValueHead(nn.Module):
     def __init__(self, width: int, trunk: nn.Module | None = None):
         super().__init__()
         self.trunk = trunk
+        self.shares_frozen = True  # the trunk's frozen layers say what the policy's say
         dtype = torch.float32 if trunk is None else torch.promote_types(next(trunk.parameters()).dtype, torch.float32)
         self.linear = nn.Linear(width, 1, dtype=dtype)
         nn.init.zeros_(self.linear.weight)
@@ -640,7 +642,11 @@ def load_value_head(actor: ActorCritic, folder: str | Path) -> None:
     )
     actor.value.linear.load_state_dict(load_file(folder / HEAD_FILE))
     if actor.value.trunk is not None:
-        actor.value.trunk.load_state_dict(load_file(folder / TRUNK_FOLDER / "model.safetensors"))
+        trunk = actor.value.trunk
+        trunk.load_state_dict(load_file(folder / TRUNK_FOLDER / "model.safetensors"))
+        own, frozen = dict(trunk.named_parameters()), causal_lm(actor.policy).base_model.named_parameters()
+        pairs = [(own.get(name), p) for name, p in frozen if not p.requires_grad]
+        actor.value.shares_frozen = all(mine is not None and torch.equal(mine, p) for mine, p in pairs)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

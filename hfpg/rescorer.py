@@ -32,7 +32,7 @@ class Rescorer:
     Args:
         learner: scores, and holds policy, reference and settings.
         algorithm: says whether it needs the value after the last token.
-        generator: who draws the samples.
+        generator: who draws the samples now.
         clock: counts the seconds of `rescore`.
         run: the state of the run.
         say: where warnings go.
@@ -42,20 +42,23 @@ class Rescorer:
         self,
         learner: Learner,
         algorithm: Any,
-        generator: Any,
+        generator: Callable[[], Any],
         clock: Clock,
         run: Callable[[], RunState],
         say: Callable[[str], None],
     ):
-        self.learner, self.clock, self.run, self.say = learner, clock, run, say
+        self.learner, self.generator, self.clock, self.run, self.say = learner, generator, clock, run, say
         self.accelerator = learner.accelerator
         self.bootstraps = getattr(algorithm, "truncation", "terminal") == "bootstrap"
-        # another sampler may say what it likes of its tokens, and bfloat16 rounds the ratio of two policies away
-        self.comparable = (
-            learner.args.trust_sampler
-            and isinstance(generator, HFGenerator)
+
+    @property
+    def comparable(self) -> bool:
+        """True where the sampler may be believed: another may say what it likes, and bfloat16 rounds ratios away."""
+        return (
+            self.learner.args.trust_sampler
+            and isinstance(self.generator(), HFGenerator)
             and self.accelerator.mixed_precision == "no"
-            and causal_lm(learner.actor.policy).dtype.itemsize >= 4
+            and causal_lm(self.learner.actor.policy).dtype.itemsize >= 4
             and not self.bootstraps
         )
 

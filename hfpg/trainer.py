@@ -166,7 +166,9 @@ class PolicyGradientTrainer:
         self.accelerator.project_configuration.set_directories(str(self.output_dir))
         self.recorder = Recorder(self.output_dir, self.accelerator, args.run_name or self.output_dir.name)
         self.terminal = Terminal(args.max_steps, plain=args.disable_tqdm, quiet=not self.accelerator.is_main_process)
-        self.rescorer = Rescorer(self.learner, algorithm, generator, self.clock, lambda: self.run, self.terminal.say)
+        self.rescorer = Rescorer(
+            self.learner, algorithm, lambda: self.generator, self.clock, lambda: self.run, self.terminal.say
+        )
         self.floor = Floor(actor, self.accelerator, getattr(algorithm, "epochs", 1), self.reference is not None)
         self.replay = Replay(getattr(algorithm, "replay", 0), self.terminal.say)
         self.evaluations: list[dict[str, Any]] = []
@@ -268,7 +270,7 @@ class PolicyGradientTrainer:
         return self.collector.judge_samples(prompts, samples)
 
     def rescore(self, samples: Samples, scores: Scores) -> Rollout:
-        """The Rollout: old and reference log-probs, entropy and values by the forward that trains, on every rank."""
+        """The Rollout: old and reference log-probs, entropy and values, on every rank; see `hfpg.rescorer`."""
         return self.rescorer.rollout(samples, scores)
 
     @torch.no_grad()
@@ -516,6 +518,7 @@ class PolicyGradientTrainer:
     @generator.setter
     def generator(self, generator: Any) -> None:
         self.collector.generator = generator
+        self.run.sampler_gap = None  # nobody has compared this one with scoring
 
     @property
     def epoch(self) -> float:

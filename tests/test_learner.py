@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from hfpg.algorithms import PPO
+from hfpg.algorithms import GRPO, PPO
 from hfpg.config import TrainConfig
 from hfpg.learner import balance, micro_batches, parameter_groups
 from hfpg.models import ActorCritic
@@ -170,3 +171,20 @@ def test_balance_deals_every_row_once_and_evenly():
     loads = [int(lengths[rows].sum()) for rows in dealt]
     assert max(loads) - min(loads) <= 100
     assert [len(rows) for rows in balance(torch.tensor([5]), 3)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_parts_that_are_computed_again_in_the_backward_pass_are_the_same(kind):
+    """With a vocabulary above the sizes at which oneDNN and recomputation set in; tiny ones are below all of them."""
+    model = tiny.model(kind, vocabulary=50_000)
+    by = build.learner(ActorCritic(model), reference=True)
+    rollout, credit = build.rollout_of(build.draw(by.actor, count=16, length=24, stop_token_ids=[]), by)
+    algorithm = GRPO(kl_estimator="full")
+    loss = functools.partial(algorithm.loss, state=algorithm.init())
+    found = []
+    for budget in (100_000, 60):
+        by.args = dataclasses.replace(by.args, max_tokens_per_micro_batch=budget)
+        by.actor.zero_grad()
+        by.gradient(rollout, credit, loss, "token_mean", with_kl=True)
+        found.append(gradient_of(by.actor))
+    assert (found[0] - found[1]).norm() / found[1].norm() < 1e-4

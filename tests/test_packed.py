@@ -15,7 +15,7 @@ from hfpg.generation.hf import HFGenerator
 from hfpg.learner import packed_batches
 from hfpg.models import ActorCritic, Reference
 from hfpg.ops.packing import packed
-from hfpg.types import Samples
+from hfpg.types import Samples, TokenLoss
 from tests import build, tiny
 
 
@@ -147,6 +147,38 @@ def test_packed_batches_cover_every_row_and_keep_prompts_together():
         assert size <= 40 or len(batch) == 1
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "count"), [(200, 48, 8), (1000, 100, 16), (16, 48, 4), (10, 2000, 4)]
+)
+def test_the_memory_knob_holds_and_long_prompts_are_shared(prompt, completion, count):
+    """Rows of two prompts, at a budget of 4096 positions; layouts alone, as the model would choose them."""
+    rows = 2 * count
+    groups = torch.arange(rows) // count
+    samples = Samples(
+        prompt_ids=groups[:, None].expand(-1, prompt) + 1,
+        prompt_mask=torch.ones(rows, prompt, dtype=torch.bool),
+        completion_ids=torch.ones(rows, completion, dtype=torch.long),
+        completion_mask=torch.ones(rows, completion, dtype=torch.bool),
+        finished=torch.ones(rows, dtype=torch.bool),
+        sample_ids=torch.arange(rows),
+        group_ids=groups,
+    )
+    actor = ActorCritic(tiny.model("llama"))
+    actor.hidden_size, budget = 768, 4096
+    by = build.learner(actor)
+    batches = by.micro_batches(samples, budget)
+    assert sorted(torch.cat(batches).tolist()) == list(range(rows))
+    used = []
+    for batch in batches:
+        part = samples.take(batch)
+        given = (part.prompt_ids, part.prompt_mask, part.completion_ids, part.completion_mask)
+        found = packed(*given, 768)
+        used.append(len(batch) * (prompt + completion) if found is None else found.ids.numel())
+        assert used[-1] <= 1.1 * budget or len(batch) == 1
+    if prompt >= completion:
+        assert sum(used) < 0.6 * rows * (prompt + completion), "prompts are shared"
+
+
 # ── rows that add nothing
 
 
@@ -183,3 +215,11 @@ def test_rows_without_advantage_are_left_out_exactly(algorithm):
 )
 def test_rows_without_advantage_stay_where_they_add_something(algorithm):
     assert not algorithm.schedule(algorithm.init())["skip_zero"]
+
+
+def test_a_loss_of_ones_own_sees_every_row():
+    class Louder(Reinforce):
+        def loss(self, new, rows, credit, state=None):
+            return TokenLoss(-0.1 * new.logprobs, {})
+
+    assert not Louder(kl_coef=0.0).schedule(Louder(kl_coef=0.0).init())["skip_zero"]

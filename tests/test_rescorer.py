@@ -88,3 +88,12 @@ def test_a_generator_of_the_users_own_is_not_believed(tmp_path):
     inner = build.trainer(tmp_path / "inner").collector.generator
     trainer = build.trainer(tmp_path / "own", generator=lambda policy, prompts: inner(policy, prompts))
     assert "sampler_gap" in trainer.train() and trainer.run.sampler_gap is None
+
+
+def test_another_generator_is_compared_anew(tmp_path):
+    trainer = build.trainer(tmp_path)
+    trainer.rescore(*trainer.collect())
+    assert trainer.run.sampler_gap is not None
+    inner = trainer.generator
+    trainer.generator = lambda policy, prompts: inner(policy, prompts)
+    assert trainer.run.sampler_gap is None and not trainer.rescorer.comparable

@@ -19,7 +19,7 @@ from hfpg.ops.masked import extent
 
 
 MULTIPLE = 16  # rows are of few lengths: oneDNN keeps something for every shape that it has seen
-ROW = 256  # positions of a packed row, where the longest piece allows: attention costs their square
+ROW = 256  # positions of a packed row, and more where it pays: attention costs their square
 
 
 class Layout(NamedTuple):
@@ -101,13 +101,54 @@ def packed(
     if not prompts.all():
         return None  # nothing stands before the first token
     lengths = prompts.tolist(), completions.tolist()
-    bins = fill(pieces(*lengths, fresh_prompts(prompt_ids, prompt_mask).tolist()), hidden)
-    longest = max(sum(piece.size for piece in row) for row in bins)
-    longest += -longest % MULTIPLE
+    bins, longest = arrange(*lengths, fresh_prompts(prompt_ids, prompt_mask).tolist(), hidden)
     height, width = completion_ids.shape[0], prompt_ids.shape[1] + completion_ids.shape[1]
     if not even_if_dearer and cost(len(bins), longest, hidden) >= 0.95 * cost(height, width, hidden):
         return None
     return _place(bins, longest, prompt_ids, prompt_mask, completion_ids, completion_mask, *lengths)
+
+
+def positions_of(
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
+    completion_ids: Int[Tensor, "B C"],
+    completion_mask: Bool[Tensor, "B C"],
+    hidden: int,
+) -> int:
+    """R · L of the rows, packed or padded as `packed` decides."""
+    prompts, completions = prompt_mask.sum(1), extent(completion_mask)
+    height, width = completion_ids.shape[0], prompt_ids.shape[1] + completion_ids.shape[1]
+    if not prompts.all():
+        return height * width
+    fresh = fresh_prompts(prompt_ids, prompt_mask).tolist()
+    bins, longest = arrange(prompts.tolist(), completions.tolist(), fresh, hidden)
+    dear = cost(len(bins), longest, hidden) >= 0.95 * cost(height, width, hidden)
+    return height * width if dear else len(bins) * longest
+
+
+def arrange(
+    prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[bool], hidden: int
+) -> tuple[list[list[Piece]], int]:
+    """The cheapest rows of pieces, and their length.
+
+    Long prompts are worth long rows, in which more completions share them; long completions are not.
+    """
+    most = max(completions)
+    best: tuple[float, list[list[Piece]], int] | None = None
+    tried: set[int] = set()
+    for together in (1, 2, 4, 8, 16):
+        limit = max(ROW, max(prompts) + together * most)
+        if limit in tried:
+            continue
+        tried.add(limit)
+        bins = fill(pieces(prompts, completions, fresh, limit), hidden)
+        longest = max(sum(piece.size for piece in row) for row in bins)
+        longest += -longest % MULTIPLE
+        price = cost(len(bins), longest, hidden)
+        if best is None or price < best[0]:
+            best = price, bins, longest
+    assert best is not None
+    return best[1], best[2]
 
 
 def fresh_prompts(prompt_ids: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"]) -> Bool[Tensor, " B"]:
@@ -117,9 +158,8 @@ def fresh_prompts(prompt_ids: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P
     return torch.cat([same.new_ones(1), ~same])
 
 
-def pieces(prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[bool]) -> list[Piece]:
-    """Rows with one prompt in pieces of at most ROW positions, or as long as the longest sequence."""
-    limit = max(ROW, *(p + c for p, c in zip(prompts, completions, strict=True)))
+def pieces(prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[bool], limit: int) -> list[Piece]:
+    """Rows with one prompt in pieces of at most `limit` positions (a single sequence may have more)."""
     found: list[Piece] = []
     for row, (p, c, new) in enumerate(zip(prompts, completions, fresh, strict=True)):
         if new or found[-1].size + c > limit:
@@ -133,7 +173,7 @@ def fill(found: Sequence[Piece], hidden: int) -> list[list[Piece]]:
     """Pieces in rows of about even length, the number of rows being the cheapest: longest first, to the emptiest."""
     total, longest = sum(piece.size for piece in found), max(piece.size for piece in found)
     fewest = -(-total // max(longest, 2 * ROW))
-    most = -(-total // max(longest, ROW // 2))
+    most = min(-(-total // max(longest, ROW // 2)), fewest + 16)
     best: tuple[float, list[list[Piece]]] | None = None
     for count in range(fewest, min(most, len(found)) + 1):
         rows: list[list[Piece]] = [[] for _ in range(count)]

@@ -51,7 +51,8 @@ def products(rollout: Rollout, of: Sizes, epochs: int, reference: bool, separate
 
     Every prompt is counted once, however many completions it has, and old log-probs are those of sampling. A pass
     that trains costs what it says, as much again for the gradient of its input, and as much for that of the weights
-    that learn. Attention, norms, activations, softmax and the optimizer are not counted: no step can be as fast.
+    that learn. Attention, norms, activations, softmax and the optimizer are not counted. Nor is what a step saves when
+    rows add nothing or `max_kl` ends it early: then it may take less.
     """
     lengths = zip(rollout.group_ids.tolist(), rollout.prompt_mask.sum(1).tolist(), strict=True)
     prompts = sum(dict(lengths).values())

@@ -59,7 +59,7 @@ class RewardFunction:
         if isinstance(spec, str):
             require(not spec.endswith(".py"), f"reward {spec!r}: which function of it? Use '{spec}:name'")
             spec = import_function(spec) if ":" in spec else ClassifierReward(spec, tokenizer)
-        elif isinstance(spec, torch.nn.Module) and hasattr(spec, "config"):
+        elif isinstance(spec, Path) or (isinstance(spec, torch.nn.Module) and hasattr(spec, "config")):
             spec = ClassifierReward(spec, tokenizer)
         require(
             callable(spec),

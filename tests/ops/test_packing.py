@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from hfpg.ops.packing import Layout, fill, packed, padded, pieces
+from hfpg.ops.packing import Layout, arrange, fill, packed, padded, pieces
 
 
 def rows(prompts: list[int], completions: list[int], same: list[int]):
@@ -82,16 +82,24 @@ def test_padded_rows_stay_where_packing_saves_nothing():
 
 def test_long_prompts_do_not_make_long_rows():
     """Completions of one prompt are spread over rows, each with the prompt, rather than put in one row of 2000."""
-    found = pieces([100] * 8, [200] * 8, [True] + [False] * 7)
+    found = pieces([100] * 8, [200] * 8, [True] + [False] * 7, 256)
     assert [piece.size for piece in found] == [300] * 8
-    found = pieces([100] * 8, [50] * 8, [True] + [False] * 7)
+    found = pieces([100] * 8, [50] * 8, [True] + [False] * 7, 256)
     assert max(piece.size for piece in found) <= 256 and sum(len(piece.rows) for piece in found) == 8
+
+
+def test_rows_are_as_long_as_it_pays():
+    """Long prompts and short completions: one row. Short prompts and long completions: none above the longest."""
+    _, longest = arrange([1000] * 8, [100] * 8, [True] + [False] * 7, 768)
+    assert longest == 1808
+    bins, longest = arrange([10] * 8, [1000] * 8, [True] + [False] * 7, 768)
+    assert (len(bins), longest) == (8, 1024)
 
 
 def test_rows_are_filled_evenly():
     made = torch.Generator().manual_seed(0)
     sizes = torch.randint(20, 120, (40,), generator=made).tolist()
-    found = fill(pieces([10] * 40, [s - 10 for s in sizes], [True] * 40), 768)
+    found = fill(pieces([10] * 40, [s - 10 for s in sizes], [True] * 40, 256), 768)
     loads = [sum(piece.size for piece in row) for row in found]
     assert sorted(r for row in found for piece in row for r in piece.rows) == list(range(40))
     assert max(loads) * len(loads) <= 1.05 * sum(sizes)

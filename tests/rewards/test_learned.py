@@ -1,6 +1,5 @@
 """Learned judges: whatever the batch, a classifier says of each text what `pipeline` says of it alone."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +184,13 @@ def test_a_folder_may_have_a_hash_in_its_name(tmp_path: Path):
     reward = ClassifierReward(saved(tmp_path / "judge#2", model, tokenizer))
     assert reward(PROMPTS, COMPLETIONS) == pytest.approx(one_by_one(model, tokenizer), abs=1e-5)
     assert reward.name == "judge#2"
+
+
+def test_a_folder_may_be_a_path(tmp_path: Path):
+    folder = saved(tmp_path / "judge", bert(), own_tokenizer(pad_token="<unk>"))
+    by_path, by_name = Judge(Path(folder)), Judge(folder)
+    found = [judge(PROMPTS, COMPLETIONS, [[1]] * len(PROMPTS), {}).scores for judge in (by_path, by_name)]
+    assert torch.equal(*found) and by_path.names == by_name.names == ["judge"]
 
 
 def test_the_text_is_read_with_the_judges_own_vocabulary(tmp_path: Path):
@@ -448,71 +454,3 @@ def test_a_broken_folder_is_one_sentence(tmp_path: Path, file: str, text: str):
     with pytest.raises(ConfigError, match="^cannot load the reward model '.*judge': .+") as caught:
         ClassifierReward(folder)
     assert "\n" not in str(caught.value)
-
-
-def test_a_folder_may_be_a_path(tmp_path: Path):
-    model, tokenizer = bert(), own_tokenizer(pad_token="<unk>")
-    saved(tmp_path, model, tokenizer)
-    assert ClassifierReward(tmp_path)(PROMPTS, COMPLETIONS) == pytest.approx(one_by_one(model, tokenizer), abs=1e-5)
-
-
-# ── mean and standard deviation that the folder keeps
-
-
-def store(folder: str, **values: Any) -> str:
-    path = Path(folder) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    return folder
-
-
-def test_a_stored_mean_and_std_are_taken_off_the_pipelines_value(tmp_path: Path):
-    folder = store(
-        saved(tmp_path / "judge", bert(), own_tokenizer(pad_token="<unk>")), reward_mean=0.75, reward_std=0.2
-    )
-    plain = piped(folder, "LABEL_0", dtype="float32")
-    reward = ClassifierReward(folder)
-    assert reward(PROMPTS, COMPLETIONS) == pytest.approx([(x - 0.75) / 0.2 for x in plain], abs=1e-4)
-    assert reward.name == "judge_normalized" and Judge([folder]).names == ["judge_normalized"]
-    off = ClassifierReward(folder, normalize=False)
-    assert off(PROMPTS, COMPLETIONS) == pytest.approx(plain, abs=1e-5) and off.name == "judge"
-    loaded = ClassifierReward(off.model, off.tokenizer)
-    assert loaded(PROMPTS, COMPLETIONS) == pytest.approx(reward(PROMPTS, COMPLETIONS), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        dict(reward_mean=0.0, reward_std=0.0),
-        dict(reward_mean=0.0, reward_std=-1.0),
-        dict(reward_mean=float("nan"), reward_std=1.0),
-        dict(reward_mean=0.0, reward_std=float("inf")),
-        dict(reward_mean=1.0),
-        dict(reward_std=1.0),
-        dict(reward_mean="much", reward_std=1.0),
-    ],
-)
-def test_what_is_no_mean_and_std_is_refused(tmp_path: Path, values: dict[str, Any]):
-    folder = store(saved(tmp_path / "judge", bert(), own_tokenizer(pad_token="<unk>")), **values)
-    with pytest.raises(ConfigError, match="judge has reward_mean=.* and reward_std=.* in its config.json"):
-        ClassifierReward(folder)
-    assert ClassifierReward(folder, normalize=False).std == 1
-
-
-def test_a_mean_of_several_labels_is_nobodys(tmp_path: Path):
-    model = bert(("bad", "good"))
-    folder = store(saved(tmp_path / "judge", model, own_tokenizer(pad_token="<unk>")), reward_mean=1.0, reward_std=2.0)
-    with pytest.raises(ConfigError, match="but 2 labels, and does not say whose they are"):
-        ClassifierReward(f"{folder}#good")
-    assert ClassifierReward(f"{folder}#good", normalize=False)(PROMPTS, COMPLETIONS)
-
-
-def test_a_function_file_switches_the_stored_scale_off(tmp_path: Path):
-    folder = store(
-        saved(tmp_path / "judge", bert(), own_tokenizer(pad_token="<unk>")), reward_mean=1.0, reward_std=2.0
-    )
-    code = f"from hfpg.rewards import ClassifierReward\nraw = ClassifierReward({folder!r}, normalize=False)\n"
-    (tmp_path / "rewards.py").write_text(code)
-    judge = Judge([f"{tmp_path / 'rewards.py'}:raw", folder])
-    assert judge.names == ["judge", "judge_normalized"]
-    table = judge(PROMPTS, COMPLETIONS, [[1]] * 9, {}).by_function
-    assert table["judge_normalized"] == pytest.approx([(x - 1) / 2 for x in table["judge"]], abs=1e-6)
