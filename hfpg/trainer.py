@@ -517,6 +517,7 @@ class PolicyGradientTrainer:
 
     @generator.setter
     def generator(self, generator: Any) -> None:
+        """Draw with another one from now on."""
         self.collector.generator = generator
         self.run.sampler_gap = None  # nobody has compared this one with scoring
 

@@ -28,8 +28,8 @@ from hfpg.config import nearest, require
 from hfpg.generation.loop import DecodeLoop
 from hfpg.generation.stock import Finished, KeyedSampler
 from hfpg.linear import onednn_linears
-from hfpg.models import captured_head_input
 from hfpg.pretrained import causal_lm
+from hfpg.probes import captured_head_input
 from hfpg.types import Prompts, Samples, join
 
 

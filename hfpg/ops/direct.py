@@ -57,6 +57,7 @@ def look_up(matrix: Float[Tensor, "V H"], ids: Int[Tensor, "*shape"]) -> Float[T
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, ids: Tensor) -> Tensor:
+        """The rows."""
         ctx.matrix = matrix
         ctx.save_for_backward(ids)
         return torch.nn.functional.embedding(ids, matrix)
@@ -64,6 +65,7 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        """Adds to the matrix's gradient; autograd has nothing to do."""
         (ids,) = ctx.saved_tensors
         gradient_of(ctx.matrix).index_add_(0, ids.flatten(), gradient.flatten(0, -2))
         return None, None

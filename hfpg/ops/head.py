@@ -93,6 +93,7 @@ class _HeadScores(torch.autograd.Function):
         kept: Tensor | None,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy [N]; the latter empty where it is not asked for."""
         logits = _Logits(hidden, weight, bias, temperature, kept)
         logprobs, normalizer = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))
         entropy = hidden.new_empty(len(hidden) if with_entropy else 0)
@@ -120,6 +121,7 @@ class _HeadScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias, chunk by chunk."""
         hidden, weight, bias, tokens, kept, normalizer, entropy = ctx.saved_tensors
         needs = ctx.needs_input_grad
         logits: _Logits = ctx.logits

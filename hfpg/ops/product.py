@@ -73,6 +73,7 @@ def linear(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        """The product."""
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.transposed, ctx.biased = transposed, bias is not None
         return product(x, weight.T if transposed else weight, bias)
@@ -80,6 +81,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The two products of the gradients."""
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         to_x = to_weight = None

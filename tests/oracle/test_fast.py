@@ -1,6 +1,7 @@
 """The fast paths in the oracle: packed rows with shared prompts, and gradients added in place, still give ∇J.
 
 In a world as narrow as the oracle's packing does not pay, so that its other tests see padded rows; here it is forced.
+The checks, with their asserts, are those of the oracle's other files.
 """
 
 from __future__ import annotations

@@ -1,0 +1,186 @@
+"""Looks at a model before anything is built on it: what it is, and which short ways give the same as the long one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from hfpg.config import require
+from hfpg.frozen import frozen_layers, learns_below, resumes
+from hfpg.ops.packing import packed, padded
+from hfpg.pretrained import causal_lm
+
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOLERANCE = 1e-4  # relative; fp32 rounding between two orders of the same sums is some 1e-6
+
+
+def predicts(x: Tensor, completion_length: int) -> Tensor:
+    """The slice [B, C, …] of per-position outputs [B, T, …] that predicts the completion: positions P−1 … T−2."""
+    return x[:, -completion_length - 1 : -1]
+
+
+def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> None:
+    lm, changed = causal_lm(actor.policy), dict(inputs)
+    changed["input_ids"] = inputs["input_ids"].clone()
+    changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % actor.vocabulary
+    before, after = lm(**inputs).logits[:, 2:-1], lm(**changed).logits[:, 2:-1]
+    require(
+        not bool(before.isnan().any()),
+        f"{type(lm).__name__} gives NaN on a left-padded batch in {before.dtype}; load it in another dtype or "
+        "attn_implementation, or see whether its weights are whole",
+    )
+    require(
+        bool((before - after).abs().max() <= PROBE_TOLERANCE * before.abs().max().clamp(min=1e-6)),
+        f"{type(lm).__name__} is not causal: changing the last token moves the logits of earlier ones, so it "
+        "cannot generate from left to right; use a decoder-only model such as 'gpt2' (BERT and BART classes need "
+        "is_decoder=True)",
+    )
+
+
+def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> bool:
+    """True if LM head ∘ trunk gives the model's own logits *and* the same gradient on a ragged batch."""
+    lm = causal_lm(actor.policy)
+    head, trunk = lm.get_output_embeddings(), lm.base_model
+    if head is None or trunk is lm:
+        return False
+    embedding = lm.get_input_embeddings().weight
+    needs_grad = embedding.requires_grad
+    embedding.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            own = actor._model_logits(inputs, tokens.shape[1]).float()
+            ours = head(predicts(trunk(**inputs).last_hidden_state, tokens.shape[1])).float()
+            target = torch.linspace(-1, 1, own.numel(), device=own.device).view_as(own)
+            gradients = [torch.autograd.grad((x * target).sum(), embedding)[0] for x in (own, ours)]
+    except (TypeError, AttributeError, RuntimeError) as error:
+        logger.info("the LM head of %s is used through the model's own forward (%s)", type(lm).__name__, error)
+        return False
+    finally:
+        embedding.requires_grad_(needs_grad)
+    agree = [close(own, ours), close(*gradients)]
+    if not all(agree):
+        logger.info("%s does more after its LM head: scored through logits_to_keep", type(lm).__name__)
+    return all(agree)
+
+
+@torch.no_grad()
+def packing_agrees(actor: Any) -> bool:
+    """True if packed rows give the hidden states of padded ones: attention is by the mask and by nothing else."""
+    lm = causal_lm(actor.policy)
+    by_mask = lm.config._attn_implementation in ("sdpa", "eager") and not has_window(lm.config)
+    if not actor.takes_positions or not by_mask:
+        return False
+    device = next(actor.policy.parameters()).device
+    ids = (torch.arange(24, device=device).view(4, 6) * 7 + 3) % actor.vocabulary
+    ids[1, :2] = ids[0, :2]  # two completions of one prompt; all four stand in one row
+    mask = torch.arange(6, device=device) < torch.tensor([6, 4, 5, 6], device=device)[:, None]
+    mask[2, 0] = False
+    rows = ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:]
+    layouts = [padded(*rows), packed(*rows, even_if_dearer=True)]
+    try:
+        hidden = [actor._trunk(lm.base_model, x, None)[x.source] for x in layouts if x is not None]
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        logger.info("the rows of %s are padded, not packed (%s)", type(lm).__name__, error)
+        return False
+    if not (agree := close(*hidden)):
+        logger.info("%s looks further than its mask: rows are padded, not packed", type(lm).__name__)
+    return agree
+
+
+@torch.no_grad()
+def takes_embeddings(actor: Any, inputs: dict[str, Any]) -> bool:
+    """True if the trunk is the same function of its embeddings, looked up outside, and nothing else."""
+    lm = causal_lm(actor.policy)
+    embed = lm.get_input_embeddings()
+    if type(embed) is not nn.Embedding or embed.padding_idx is not None or embed.max_norm is not None:
+        return False
+    by_ids = lm.base_model(**inputs).last_hidden_state if actor.chunked_head else None
+    given = {name: x for name, x in inputs.items() if name != "input_ids"}
+    try:
+        ours = lm.base_model(**given, inputs_embeds=embed(inputs["input_ids"])).last_hidden_state
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
+        return False
+    return by_ids is not None and close(by_ids, ours)
+
+
+def layers_that_stand_still(actor: Any, inputs: dict[str, Any]) -> int:
+    """Layers, from the first, that do not learn and whose output may stand for them."""
+    trunk = causal_lm(actor.policy).base_model
+    count = frozen_layers(trunk)
+    if count and learns_below(trunk, count, inputs):
+        return 0  # such as a table of positions: it would get no gradient
+    found = resumes(trunk, count, inputs) if count else None
+    if count and (found is None or not close(*found)):
+        logger.info("%s cannot go on from the states of its frozen layers", type(trunk).__name__)
+        return 0
+    return count
+
+
+@torch.no_grad()
+def head_input_width(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> int:
+    with captured_head_input(causal_lm(actor.policy)) as captured:
+        actor._model_logits(inputs, tokens.shape[1])
+    require(
+        len(captured) == 1,
+        f"{type(causal_lm(actor.policy)).__name__} has no LM head that can be found (get_output_embeddings), so no "
+        "value head can be put on it; use an algorithm without one, such as Reinforce(baseline='batch')",
+    )
+    return captured[0].shape[-1]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= PROBE_TOLERANCE * a.abs().max().clamp(min=1e-6))
+
+
+def fuse_activations(lm: nn.Module) -> None:
+    """GPT-2's GELU as one kernel: the same function, where transformers writes it as eight operations that each keep
+    a tensor for the backward pass. Weights, configuration and what is saved stay as they are."""
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU("tanh"))
+
+
+def is_plain(head: Any, hidden: Tensor) -> bool:
+    """True for a linear LM head in at least single precision that nothing is hooked to."""
+    return (
+        type(head) is nn.Linear
+        and not (head._forward_hooks or head._forward_pre_hooks or nn.utils.parametrize.is_parametrized(head))
+        and head.weight.dtype == hidden.dtype
+        and hidden.dtype.itemsize >= 4
+        and not torch.is_autocast_enabled(hidden.device.type)
+    )
+
+
+def has_window(config: Any) -> bool:
+    """True for models some of whose layers see a part of the past only, or keep it in a state: their masks say less
+    than they do, and on texts shorter than the window one does not see it."""
+    sizes = ("sliding_window", "window_size", "attention_window", "local_attention", "attention_chunk_size")
+    kinds = [*(getattr(config, "layer_types", None) or []), *(getattr(config, "attention_layers", None) or [])]
+    return any(getattr(config, name, None) for name in sizes) or any(
+        kind not in ("full_attention", "global") for kind in kinds
+    )
+
+
+@contextmanager
+def captured_head_input(lm: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list that receives what the LM head reads, at each call of it inside the block."""
+    captured: list[Tensor] = []
+    head = lm.get_output_embeddings()
+    if head is None:
+        yield captured
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()
