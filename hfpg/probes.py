@@ -29,6 +29,7 @@ def predicts(x: Tensor, completion_length: int) -> Tensor:
 
 
 def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> None:
+    """ConfigError for a model that gives NaN on padding, or whose earlier logits move with the last token."""
     lm, changed = causal_lm(actor.policy), dict(inputs)
     changed["input_ids"] = inputs["input_ids"].clone()
     changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % actor.vocabulary
@@ -127,6 +128,7 @@ def layers_that_stand_still(actor: Any, inputs: dict[str, Any]) -> int:
 
 @torch.no_grad()
 def head_input_width(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> int:
+    """Width of what the LM head reads; ConfigError where no head can be found."""
     with captured_head_input(causal_lm(actor.policy)) as captured:
         actor._model_logits(inputs, tokens.shape[1])
     require(
