@@ -137,9 +137,7 @@ class ActorCritic(nn.Module):
         chunked = self.chunked_head and (other is None or other.scorer.chunked_head)
         may_pack = chunked and self.packs and (other is None or other.scorer.packs)
         layout = self.layout(prompt_ids, prompt_mask, completion_ids, completion_mask, may_pack)
-        states = None
-        if prompt_states is not None and completion_states is not None:
-            states = layout.lay(torch.cat([prompt_states, completion_states], 1))
+        states = laid(layout, prompt_states, completion_states)
         given = (completion_ids, completion_mask, temperature, kept, with_entropy, other)
         if chunked:
             whole = self._trunk(causal_lm(self.policy).base_model, layout, states)
@@ -168,9 +166,7 @@ class ActorCritic(nn.Module):
         """V(s_t) of a separate value function, without a look at the policy; arguments as for `forward`."""
         assert self.value is not None and self.value.trunk is not None
         layout = self.layout(prompt_ids, prompt_mask, completion_ids, completion_mask)
-        states = None
-        if prompt_states is not None and completion_states is not None:
-            states = layout.lay(torch.cat([prompt_states, completion_states], 1))
+        states = laid(layout, prompt_states, completion_states)
         whole = self._trunk(self.value.trunk, layout, states if self.value.shares_frozen else None)
         return _unflatten(self.value(whole[layout.source]), completion_mask)
 
@@ -321,6 +317,13 @@ class ActorCritic(nn.Module):
         mask = torch.ones(2, 6, dtype=torch.bool, device=device)
         mask[1, :2] = False
         return self._inputs(padded(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])), ids[:, 2:], mask[:, 2:]
+
+
+def laid(layout: Layout, prompt_states: Tensor | None, completion_states: Tensor | None) -> Tensor | None:
+    """States [B, P, H] and [B, C, H] where the tokens stand, [R, L, H]; None where there are none."""
+    if prompt_states is None or completion_states is None:
+        return None
+    return layout.lay(torch.cat([prompt_states, completion_states], 1))
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
