@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.nn.parallel import DistributedDataParallel
 
 from hfpg.config import TrainConfig, require
 from hfpg.types import Rollout, join
@@ -71,9 +73,17 @@ def launch(args: TrainConfig) -> Accelerator:
 
 
 def leave() -> None:
-    """End the process group at exit: without it a finished run of several processes aborts."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """End the process group at exit, its threads with it.
+
+    Without it a finished run of several processes can abort: a thread of gloo that lets go of a tensor asks for the
+    interpreter's lock, and is killed in the middle when the interpreter is shutting down (pytorch/pytorch#179291,
+    #190489). Ending the group joins its threads only when nobody holds it any more, so models in DDP let it go too.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    for ddp in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
+        ddp.process_group = ddp.reducer = ddp.logger = None
+    torch.distributed.destroy_process_group()
 
 
 def gather_rows(accelerator: Accelerator, mine: Rollout) -> Rollout:

@@ -233,6 +233,7 @@ from accelerate import Accelerator
 from tests import build, tiny
 from hfpg import TrainConfig
 from hfpg.algorithms import TRPO
+from hfpg.distributed import leave
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic
 from hfpg.types import Estimates
@@ -257,9 +258,7 @@ for name, rows in [("lonely", one), ("auto", torch.arange(13)), ("finite_differe
     found[name] = {"step": now - start, "metrics": metrics, "all": accelerator.gather(now[None])}
 if accelerator.is_main_process:
     torch.save(found, sys.argv[1])
-if accelerator.num_processes > 1:  # gloo aborts a process whose peer has left before it
-    accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
+leave()
 """
 
 

@@ -67,7 +67,7 @@ def test_the_same_parameters_after_ten_adamw_steps(results):
     assert gap[noise].max() < learning_rate
 
 
-OTHERS = ("trpo", "trpo-critic", "dapo", "remax", "replay", "bootstrap")
+OTHERS = ("trpo", "trpo-critic", "dapo", "remax", "replay", "bootstrap", "top-layer")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -92,6 +92,29 @@ def test_two_processes_of_which_accelerate_sees_one_are_refused(tmp_path, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="launched as 2 processes, but Accelerate sees 1.*torchrun --standalone"):
         build.trainer(tmp_path / "run")
+
+
+def test_a_finished_run_leaves_no_thread_of_the_group(tmp_path):
+    """One that outlives the group may ask a dying interpreter for its lock, and aborts the process then."""
+    code = "\n".join(
+        [
+            "import atexit, glob, sys",
+            "def threads():",
+            "    return sorted({open(f).read().strip() for f in glob.glob('/proc/self/task/*/comm')})",
+            f"out = {str(tmp_path)!r}",
+            "atexit.register(lambda: open(f'{out}/{rank}', 'w').write(' '.join([*before, '->', *threads()])))",
+            "from tests import build",  # what was registered first is called last
+            "trainer = build.trainer(out + '/run', max_steps=1)",
+            "trainer.train()",
+            "rank, before = trainer.accelerator.process_index, threads()",
+        ]
+    )
+    (tmp_path / "run.py").write_text(code)
+    done = launch([*TORCHRUN, str(tmp_path / "run.py")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in "01":
+        before, after = (tmp_path / rank).read_text().split("->")
+        assert "gloo" in before and "gloo" not in after
 
 
 def test_an_error_in_one_ranks_judge_ends_both(tmp_path):

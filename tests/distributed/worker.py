@@ -22,13 +22,17 @@ OTHERS = {
     "remax": ReMax(kl_coef=0.02),
     "replay": RLOO(kl_coef=0.02, replay=1, off_policy="truncated"),
     "bootstrap": PPO(kl_coef=0.02, truncation="bootstrap", value_warmup=1, reward_normalization="running"),
+    "top-layer": PPO(kl_coef=0.02, value="separate"),
 }
 
 
 def other(folder: str, algorithm: Any) -> dict[str, Any]:
     """Tokens and metrics of three steps."""
     settings = dict(prompts_per_step=6, max_steps=3, max_completion_length=8, learning_rate=1e-3)
-    model = tiny.model("lstm")
+    top_layer = folder.endswith("top-layer")
+    model = tiny.model("gpt2" if top_layer else "lstm")
+    if top_layer:  # states below the trained layer are kept with the rollout and travel with it
+        settings["trainable_layers"] = 1
     if isinstance(algorithm, TRPO | ReMax):  # conjugate gradients, and Adam where the advantages are but rounding
         model = model.double()
     trainer = build.trainer(
@@ -113,7 +117,6 @@ def main(out: str) -> None:
     result["others"] = {name: other(f"{out}.{name}", algorithm) for name, algorithm in OTHERS.items()}
     if trainer.accelerator.is_main_process:
         torch.save(result, out)
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes gloo's threads down with it
 
 
 if __name__ == "__main__":
