@@ -82,7 +82,8 @@ def leave() -> None:
     if not torch.distributed.is_initialized():
         return
     for ddp in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
-        ddp.process_group = ddp.reducer = ddp.logger = None
+        for name in ("process_group", "reducer", "logger"):
+            setattr(ddp, name, None)
     torch.distributed.destroy_process_group()
 
 
