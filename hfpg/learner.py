@@ -26,6 +26,7 @@ from hfpg.ops.direct import adding_to
 from hfpg.ops.keyed import permutation
 from hfpg.ops.masked import Aggregation, extent, token_coefficients
 from hfpg.ops.packing import positions_of
+from hfpg.token_local import Slopes
 from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
 
 
@@ -99,7 +100,9 @@ class Learner:
             else:
                 target[rows, : values.shape[1]] = values
 
-        for rows in self.micro_batches(samples, 4 * self.args.max_tokens_per_micro_batch):
+        # on a CPU those of training: oneDNN knows their shapes
+        times = 1 if samples.completion_ids.device.type == "cpu" else 4
+        for rows in self.micro_batches(samples, times * self.args.max_tokens_per_micro_batch):
             inputs = model_inputs(trim(samples.take(rows)), self.args.temperature)
             with self.accelerator.autocast(), onednn_linears(self.actor):
                 said = self._said(inputs, with_last_values, given)
@@ -152,6 +155,7 @@ class Learner:
         with_kl: bool = False,
         train: Trained = "all",
         skip_zero: bool = False,
+        token_local: bool = False,
     ) -> dict[str, float]:
         """`epochs` passes over the rollout in `minibatches` optimizer steps each.
 
@@ -160,7 +164,9 @@ class Learner:
         finite (skipped; parameters are left as they are). A minibatch without a row that counts is passed over; where
         none has one, the update is skipped. `train="value"` leaves the policy as it is. `with_kl`: the loss gets the
         exact KL to the reference. `skip_zero`: the loss is advantage times something, so rows whose advantages are all
-        0 add exactly nothing and are left out, of the metrics too. Returns metrics averaged over the minibatches done.
+        0 add exactly nothing and are left out, of the metrics too. `token_local`: a token's loss depends on its own
+        scores alone, so that the LM head may make its gradient in the forward pass (ValueError where that is not so).
+        Returns metrics averaged over the minibatches done.
         """
         totals: dict[str, float] = {}
         steps, ended = 0, ""
@@ -168,11 +174,11 @@ class Learner:
         for epoch in range(epochs):
             order = permutation(len(rollout), self.args.seed, "minibatch", self.turn, epoch)
             for rows in order.tensor_split(minibatches):
+                rows = rows.sort().values  # one minibatch: the same micro-batches, thus shapes, in every epoch
                 if not rollout.weights[rows].any():
                     continue  # nobody scored any of these: there is nothing to step on
-                metrics, largest = self.gradient(
-                    rollout.take(rows), estimates.take(rows), loss, aggregation, with_entropy, with_kl, skip_zero
-                )
+                given = (rollout.take(rows), estimates.take(rows), loss, aggregation)
+                metrics, largest = self.gradient(*given, with_entropy, with_kl, skip_zero, token_local)
                 if train == "value":
                     self.forget_policy_gradient()
                 first_error = first_error if steps else largest
@@ -205,6 +211,7 @@ class Learner:
         with_entropy: bool = False,
         with_kl: bool = False,
         skip_zero: bool = False,
+        token_local: bool = False,
     ) -> tuple[dict[str, float], float]:
         """Accumulate the gradient of one minibatch (the same rows on every rank) in `.grad`, before clipping.
 
@@ -230,10 +237,11 @@ class Learner:
                 credit = clip_columns(estimates.take(rows), width)
                 inputs = model_inputs(part, self.args.temperature)
                 reference = self.reference if with_kl else None
+                slopes = Slopes(loss, part, credit, world * coefficients[rows, :width]) if token_local else None
                 direct = self.actor.large_matrices() if world == 1 else []
                 # around the backward pass too: it makes parts of the forward again, which has to be the same one
                 with adding_to(*direct), onednn_linears(self.actor):
-                    new = self.model(**inputs, with_entropy=with_entropy, reference=reference)
+                    new = self.model(**inputs, with_entropy=with_entropy, reference=reference, slopes=slopes)
                     token = loss(new, part, credit)
                     weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
                     total = weighted.sum()
@@ -425,17 +433,21 @@ def packed_batches(
         by_group.setdefault(group, []).append(row)
     prompts, completions = prompt.tolist(), completion.tolist()
     longest = {group: max(prompts[i] + completions[i] for i in rows) for group, rows in by_group.items()}
+    left = sum(prompts[rows[0]] for rows in by_group.values()) + sum(completions)
     batches: list[list[int]] = []
     sizes: dict[int, int] = {}
-    size = 0
+    size, target = 0, 0.0
     for group in sorted(by_group, key=lambda group: longest[group]):  # sorted: long rows among short ones cost more
         shared = False
         for row in by_group[group]:
             more = completions[row] + (0 if shared else prompts[row])
-            if not batches or size + more > max_tokens:
+            if not batches or size + more > max_tokens or size + more / 2 > target:
                 batches.append([])
+                batches_left = math.ceil(left / max_tokens)  # in even shares; the last one takes what there is
+                target = left / batches_left if batches_left > 1 else math.inf
                 size, more = 0, prompts[row] + completions[row]
             batches[-1].append(row)
+            left -= completions[row] + (0 if shared else prompts[row])
             size, shared = size + more, True
             sizes[len(batches) - 1] = size
     # the largest first: memory that it leaves behind holds each of the others

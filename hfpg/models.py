@@ -25,7 +25,7 @@ from hfpg.frozen import skipping, states_below
 from hfpg.linear import onednn_linears
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
 from hfpg.ops.direct import is_direct, look_up
-from hfpg.ops.head import head_scores
+from hfpg.ops.head import SlopesOf, head_scores
 from hfpg.ops.kl import full as full_kl
 from hfpg.ops.logprobs import (
     CHUNK_ELEMENTS,
@@ -123,6 +123,7 @@ class ActorCritic(nn.Module):
         reverse: bool = False,
         prompt_states: Float[Tensor, "B P H"] | None = None,
         completion_states: Float[Tensor, "B C H"] | None = None,
+        slopes: SlopesOf | None = None,
     ) -> Scored:
         """Log-probabilities, entropy and values of given completions, each [B, C], 0 outside `completion_mask`.
 
@@ -131,7 +132,7 @@ class ActorCritic(nn.Module):
         the last chosen token. With a `reference` there is `kl`, the exact KL(π ‖ reference) of every position, or
         KL(reference ‖ π) with `reverse`. States are what `states` gave for these rows: frozen layers are not computed
         again. A gap in `completion_mask` was not chosen, but it was read: tokens after it
-        attend to it.
+        attend to it. With `slopes` (see `hfpg.token_local`) a plain LM head makes its gradient on the way.
         """
         other = None if reference is None else Frozen(reference, reverse)
         chunked = self.chunked_head and (other is None or other.scorer.chunked_head)
@@ -141,7 +142,7 @@ class ActorCritic(nn.Module):
         given = (completion_ids, completion_mask, temperature, kept, with_entropy, other)
         if chunked:
             whole = self._trunk(causal_lm(self.policy).base_model, layout, states)
-            logprobs, entropies, kl = self._score_in_chunks(layout, states, whole, *given)
+            logprobs, entropies, kl = self._score_in_chunks(layout, states, whole, *given, slopes)
         else:
             logprobs, entropies, kl, whole = self._score_by_model(self._inputs(layout), states, *given)
         if self.value is None or not with_values:
@@ -247,15 +248,18 @@ class ActorCritic(nn.Module):
         kept: Tensor | None,
         with_entropy: bool,
         other: Frozen | None,
+        slopes: SlopesOf | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scores [B, C] from the hidden states of all positions [R·L, H], by the LM head in chunks."""
         head, hidden = causal_lm(self.policy).get_output_embeddings(), whole[layout.source]
         picked = None if kept is None else kept[mask]
         if is_plain(head, hidden):
-            flat, spread = head_scores(hidden, head.weight, head.bias, tokens[mask], temperature, picked, with_entropy)
+            chosen = (tokens[mask], temperature, picked, with_entropy, slopes)
+            flat, spread = head_scores(hidden, head.weight, head.bias, *chosen)
         else:
-            chosen = (tokens[mask], self.vocabulary, temperature, picked, with_entropy)
-            flat, spread = score_in_chunks(head, hidden, *chosen)
+            flat, spread = score_in_chunks(
+                head, hidden, tokens[mask], self.vocabulary, temperature, picked, with_entropy
+            )
         kl = None
         if other is not None:
             theirs = other.hidden(layout, states)[layout.source]

@@ -56,6 +56,19 @@ def test_gradients_are_the_same_up_to_rounding(name: str, shape: tuple[int, ...]
         assert a.stride() == b.stride(), "another layout would be copied when it is added up"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_long_sum_in_parts_is_the_whole(dtype):
+    made = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2500, n, generator=made, dtype=dtype) for n in (7, 64))
+    torch.testing.assert_close(product.inner_product(a, b), a.T @ b, atol=1e-3, rtol=1e-5)
+
+
+def test_rungs_are_few_and_close():
+    sizes = {product.rung(n) for n in range(1, 4097)}
+    assert all(n <= product.rung(n) <= max(n + 3, 1.125 * n) and product.rung(n) % 4 == 0 for n in range(1, 4097))
+    assert len(sizes) < 80
+
+
 def test_what_needs_no_gradient_gets_none():
     layers = Layers()
     layers.plain.weight.requires_grad_(False)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hfpg.algorithms import GRPO, PPO, Reinforce
+from hfpg.algorithms import DAPO, GRPO, GSPO, PPO, Reinforce
 from hfpg.data import PromptData
 from hfpg.generation.hf import HFGenerator
-from hfpg.learner import packed_batches
+from hfpg.learner import Learner, packed_batches
 from hfpg.models import ActorCritic, Reference
+from hfpg.ops import head
 from hfpg.ops.packing import packed
-from hfpg.types import Samples, TokenLoss
+from hfpg.token_local import Slopes
+from hfpg.types import Estimates, Samples, TokenLoss
 from tests import build, tiny
 
 
@@ -177,6 +180,92 @@ def test_the_memory_knob_holds_and_long_prompts_are_shared(prompt, completion, c
         assert used[-1] <= 1.1 * budget or len(batch) == 1
     if prompt >= completion:
         assert sum(used) < 0.6 * rows * (prompt + completion), "prompts are shared"
+
+
+def test_micro_batches_are_of_even_size():
+    """Two of 600 positions rather than one of 1000 and one of 200: less memory, and products of one shape."""
+    rows = torch.arange(60)
+    prompt, completion = torch.full((60,), 10), torch.full((60,), 10)
+    found = packed_batches(prompt, completion, rows, 1000)
+    assert [len(batch) for batch in found] == [30, 30]
+
+
+def test_one_minibatch_has_the_same_micro_batches_in_every_epoch(monkeypatch):
+    actor = ActorCritic(tiny.model())
+    by = build.learner(actor, max_tokens_per_micro_batch=40)
+    seen: list[list[int]] = []
+    plain = Learner.micro_batches
+    look = lambda self, rows, size: seen.append(rows.sample_ids.tolist()) or plain(self, rows, size)  # noqa: E731
+    rollout, credit = build.rollout_of(draw(actor, 4), by)
+    monkeypatch.setattr(Learner, "micro_batches", look)
+    by.optimize(rollout, credit, GRPO().loss, aggregation="token_mean", epochs=3)
+    assert len(seen) == 3 and seen[0] == seen[1] == seen[2]
+    seen.clear()
+    by.optimize(rollout, credit, GRPO().loss, aggregation="token_mean", epochs=2, minibatches=2)
+    assert len(seen) == 4 and seen[0] != seen[2], "dealt anew"
+
+
+# ── the gradient of the head, in one pass
+
+
+ONE_PASS = [
+    Reinforce(entropy_coef=0.02),
+    PPO(),
+    PPO(value="separate", value_clip_range=0.2, entropy_coef=0.01),
+    GRPO(kl_coef=0.1),
+    GRPO(objective="cispo", is_cap=5.0, kl_coef=0.0),
+    DAPO(),
+]
+
+
+@pytest.mark.parametrize("algorithm", ONE_PASS, ids=lambda a: f"{type(a).__name__}-{a.value}-{a.entropy_coef}")
+def test_one_pass_gives_the_gradient_of_two(algorithm, monkeypatch):
+    actor = ActorCritic(tiny.model().double(), value=algorithm.value)
+    by = build.learner(actor, reference=True)
+    rollout, credit = build.rollout_of(draw(actor, 4), by)
+    rollout = dataclasses.replace(
+        rollout, old_logprobs=rollout.old_logprobs - 0.3 * torch.rand(rollout.scores.shape)[:, None]
+    )
+    if algorithm.value:
+        credit = Estimates(credit.advantages, credit.advantages + 1)
+    assert algorithm.schedule(algorithm.init())["token_local"]
+    calls: list[slice] = []
+    plain = Slopes.__call__
+    monkeypatch.setattr(Slopes, "__call__", lambda self, chunk, *a: calls.append(chunk) or plain(self, chunk, *a))
+    monkeypatch.setattr(head, "KEPT_BYTES", 0)
+    monkeypatch.setattr(head, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 5 * 8 * actor.vocabulary)
+    found = []
+    for token_local in (False, True):
+        actor.zero_grad()
+        metrics = by.gradient(
+            rollout,
+            credit,
+            algorithm.loss,
+            algorithm.aggregation,
+            algorithm.entropy_coef != 0,
+            token_local=token_local,
+        )
+        found.append((gradients(actor), metrics))
+        assert bool(calls) == token_local
+    assert (found[0][0] - found[1][0]).norm() / found[0][0].norm() < 1e-12
+    assert found[0][1] == found[1][1]
+
+
+def test_losses_that_look_at_other_tokens_do_not_say_token_local(monkeypatch):
+    class Own(Reinforce):
+        def loss(self, new, rows, credit, state=None):
+            return TokenLoss(-credit.advantages * new.logprobs.sum(1, keepdim=True) ** 2, {})
+
+    for algorithm in (GSPO(), GRPO(kl_estimator="full"), Own()):
+        assert not algorithm.schedule(algorithm.init())["token_local"]
+    actor = ActorCritic(tiny.model())
+    by = build.learner(actor)
+    rollout, credit = build.rollout_of(draw(actor, 4), by)
+    rollout = dataclasses.replace(rollout, old_logprobs=rollout.old_logprobs - 0.5)  # the policy has moved
+    monkeypatch.setattr(head, "KEPT_BYTES", 0)
+    with pytest.raises(ValueError, match="the loss is not token_local"):
+        by.gradient(rollout, credit, Own().loss, "token_mean", token_local=True)
 
 
 # ── rows that add nothing

@@ -109,6 +109,11 @@ class GRPO(Clipped):
         spread = torch.where(rollout.completion_mask & (weights > 0)[:, None], advantages[:, None], 0)
         return Estimates(self.corrected(spread, rollout)), state
 
+    @property
+    def token_local(self) -> bool:
+        """A ratio of sequences is every token's."""
+        return super().token_local and self.importance == "token"
+
     def loss(self, new: Scored, rows: Rollout, credit: Estimates, state: State | None = None) -> TokenLoss:
         """The clipped surrogate with a token or sequence ratio, or CISPO; + β · KL − c₂ · entropy."""
         log_ratio = new.logprobs - rows.old_logprobs

@@ -260,14 +260,22 @@ class Method:
             with_entropy=self.entropy_coef != 0,
             with_kl=self.kl_in == "loss" and self.kl_estimator == "full" and state.kl_coef > 0,
             skip_zero=self._loss_is_advantage_times_something(state),
+            token_local=self.token_local,
         )
 
-    def _loss_is_advantage_times_something(self, state: State) -> bool:
-        """True where rows whose advantages are 0 add nothing. Of a loss that is not hfpg's own nobody knows."""
+    @property
+    def token_local(self) -> bool:
+        """True where the loss at a token depends on that token's scores alone. Of a loss of one's own nobody knows."""
+        return self._loss_is_hfpgs() and not (self.kl_in == "loss" and self.kl_estimator == "full")
+
+    def _loss_is_hfpgs(self) -> bool:
         pieces = [getattr(type(self), name, None) for name in ("loss", "regularized", "surrogate")]
-        own = all(piece is None or piece.__module__.startswith("hfpg.algorithms.") for piece in pieces)
+        return all(piece is None or piece.__module__.startswith("hfpg.algorithms.") for piece in pieces)
+
+    def _loss_is_advantage_times_something(self, state: State) -> bool:
+        """True where rows whose advantages are 0 add nothing."""
         plain = self.value is None and self.entropy_coef == 0 and (self.kl_in == "reward" or state.kl_coef == 0)
-        return own and plain
+        return self._loss_is_hfpgs() and plain
 
     def next_state(self, rollout: Rollout, state: S) -> S:
         """One update more, and the KL coefficient's next value."""

@@ -121,6 +121,12 @@ def shared(ids: Int[Tensor, "B P"], mask: Tensor | None, group_ids: Int[Tensor, 
     return [end - start for start, end in zip(starts, starts[1:], strict=False)]
 
 
+def rung(rows: int) -> int:
+    """The batch size for so many live rows: two sizes per factor of two, as kernels are prepared once per size."""
+    step = 1 << max(2, rows.bit_length() - 2)
+    return min(rows, 4) if rows <= 4 else -(-rows // step) * step
+
+
 def buckets(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Ranges (start, end) of consecutive prompts to be read together, each with at most PADDING columns of padding."""
     start = longest = total = 0
@@ -130,12 +136,6 @@ def buckets(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
             yield start, i
             start, longest, total = i, length, length
     yield start, len(lengths)
-
-
-def rung(rows: int) -> int:
-    """The batch size for so many live rows: eight sizes per factor of two, as kernels are prepared once per size."""
-    step = 1 << max(0, rows.bit_length() - 4)
-    return -(-rows // step) * step
 
 
 class Decoding:

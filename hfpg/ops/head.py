@@ -3,12 +3,13 @@
 What autograd does with `hidden @ weight.T → log_softmax → gather` keeps several [N, V] tensors and walks over each of
 them. Here logits are made in chunks, vocabulary first (a matrix product of that shape is 1.2 to 1.4 times as fast on
 CPUs), are turned into probabilities and then into their own gradient in place. The chunks that were made last stay
-for the backward pass; the others are made again.
+for the backward pass; the others are made again. Where the loss says what it makes of each token's scores
+(`slopes`) and not all chunks could stay, the gradient is made in the forward pass and nothing is made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ from torch.autograd.function import once_differentiable
 
 from hfpg.ops.direct import gradient_of, is_direct
 from hfpg.ops.logprobs import unpack_bits
-from hfpg.ops.product import add_product, product
+from hfpg.ops.product import add_product, inner_product, product
 
 
 CHUNK_BYTES = 8 << 20  # of logits made at a time, all chunks of one size: blocks of many sizes fragment the heap
 FEWEST_TOKENS = 128  # in a chunk, or its products are slow …
 LARGEST_BYTES = 30 << 20  # … but no larger than this: glibc gives blocks above 32 MB back, and fresh pages are slow
 KEPT_BYTES = 32 << 20  # of chunks that stay for the backward pass
+GRAIN = 32  # tokens: of larger batches the number is made up to a multiple
+
+SlopesOf = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(tokens of a chunk, log-probs, entropy) → the derivatives of the loss by these."""
 
 
 def head_scores(
@@ -35,14 +40,39 @@ def head_scores(
     temperature: float,
     kept: UInt8[Tensor, "N bytes"] | None = None,
     with_entropy: bool = False,
+    slopes: SlopesOf | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
     """log π(token) and, if asked, the entropy of the distribution that tokens are sampled from.
 
     The same numbers and gradients as `score_in_chunks` with this head; one derivative only. Everything is computed in
-    the dtype of `hidden` and `weight`, which is to be at least single precision.
+    the dtype of `hidden` and `weight`, which is to be at least single precision. With `slopes` the gradient is made in
+    the forward pass; the backward pass raises ValueError when it is asked for another one.
     """
-    logprobs, entropy = _HeadScores.apply(hidden, weight, bias, tokens, temperature, kept, with_entropy)
-    return logprobs, entropy if with_entropy else None
+    n = len(hidden)
+    spare = -n % GRAIN if n > GRAIN else 0
+    if spare:  # positions of which nobody hears: products of few shapes
+        pad = torch.nn.functional.pad
+        hidden, tokens = pad(hidden, (0, 0, 0, spare)), pad(tokens, (0, spare))
+        kept = None if kept is None else pad(kept, (0, 0, 0, spare), value=255)
+        slopes = None if slopes is None else _with_spare(slopes, n)
+    scores = _HeadScores.apply(hidden, weight, bias, tokens, temperature, kept, with_entropy, slopes)
+    return scores[0][:n], scores[1][:n] if with_entropy else None
+
+
+def _with_spare(slopes: SlopesOf, n: int) -> SlopesOf:
+    """Slopes of 0 at the positions from n on."""
+
+    def padded(chunk: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        count = max(0, min(chunk.stop, n) - chunk.start)
+        a, b = torch.zeros_like(logprobs), None if entropy is None else torch.zeros_like(entropy)
+        if count:
+            heard = slice(chunk.start, chunk.start + count)
+            a[:count], of_entropy = slopes(heard, logprobs[:count], None if entropy is None else entropy[:count])
+            if b is not None and of_entropy is not None:
+                b[:count] = of_entropy
+        return a, b
+
+    return padded
 
 
 class _Logits:
@@ -52,6 +82,10 @@ class _Logits:
         self.hidden, self.weight, self.bias, self.temperature, self.kept = hidden, weight, bias, temperature, kept
         self.column = len(weight) * hidden.element_size()
         self.size = max(1, min(max(CHUNK_BYTES // self.column, FEWEST_TOKENS), LARGEST_BYTES // self.column))
+
+    def stay(self) -> bool:
+        """True where all chunks fit in KEPT_BYTES: nothing would be made again."""
+        return len(self.hidden) * self.column <= KEPT_BYTES
 
     def stays(self, chunk: slice) -> bool:
         """True for the chunks at the end that fit in KEPT_BYTES, and for the last one."""
@@ -81,6 +115,41 @@ class _Logits:
         return out
 
 
+class _Gradient:
+    """The gradient of what the head reads and of its parameters, chunk by chunk."""
+
+    def __init__(self, needs: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None, direct: bool):
+        self.direct = direct
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.weight = None
+        if needs[1]:
+            self.weight = gradient_of(weight) if direct else torch.zeros_like(weight)
+        self.bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
+
+    def add(
+        self,
+        logits: _Logits,
+        chunk: slice,
+        tokens: Tensor,
+        probabilities: Tensor,
+        of_logprobs: Tensor,
+        of_entropy: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """A chunk's part; its probabilities [V, n] are used up. of_entropy: the derivative, and the entropy."""
+        g = _to_logits(probabilities, tokens[chunk], of_logprobs, of_entropy)
+        g /= logits.temperature
+        if self.hidden is not None:
+            self.hidden[chunk] = inner_product(g, logits.weight)
+        if self.weight is not None:
+            add_product(self.weight, g, logits.hidden[chunk].T)
+        if self.bias is not None:
+            self.bias += g.sum(1)
+
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """For autograd, which is not to see what was added in place."""
+        return self.hidden, None if self.direct else self.weight, self.bias
+
+
 class _HeadScores(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,12 +161,16 @@ class _HeadScores(torch.autograd.Function):
         temperature: float,
         kept: Tensor | None,
         with_entropy: bool,
+        slopes: SlopesOf | None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy [N]; the latter empty where it is not asked for."""
         logits = _Logits(hidden, weight, bias, temperature, kept)
         logprobs, normalizer = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))
         entropy = hidden.new_empty(len(hidden) if with_entropy else 0)
         stays: dict[int, Tensor] = {}
+        ctx.made, ctx.slopes = None, []
+        if slopes is not None and any(ctx.needs_input_grad) and not logits.stay():
+            ctx.made = _Gradient(ctx.needs_input_grad, hidden, weight, bias, is_direct(weight))
         for chunk in logits.chunks():
             z = logits.make(chunk)
             chosen = z[_places(tokens[chunk])]
@@ -109,7 +182,12 @@ class _HeadScores(torch.autograd.Function):
             logprobs[chunk] = chosen - normalizer[chunk]
             if with_entropy:
                 entropy[chunk] = total.log() - shifted.masked_fill_(z == 0, 0).mul_(z).sum(0) / total
-            if any(ctx.needs_input_grad) and logits.stays(chunk):
+            if ctx.made is not None and slopes is not None:
+                here = entropy[chunk] if with_entropy else None
+                a, b = slopes(chunk, logprobs[chunk], here)
+                ctx.made.add(logits, chunk, tokens, z.div_(total), a, None if here is None else (b, here))
+                ctx.slopes.append((a, b))
+            elif any(ctx.needs_input_grad) and logits.stays(chunk):
                 stays[chunk.start] = z.div_(total)
         ctx.save_for_backward(hidden, weight, bias, tokens, kept, normalizer, entropy)
         ctx.logits = logits if any(ctx.needs_input_grad) else None
@@ -122,28 +200,34 @@ class _HeadScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias, chunk by chunk."""
-        hidden, weight, bias, tokens, kept, normalizer, entropy = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        if ctx.made is not None:
+            _same_slopes(ctx.slopes, of_logprobs, of_entropy)
+            return *ctx.made.parts(), None, None, None, None, None
+        hidden, weight, bias, tokens, _, normalizer, entropy = ctx.saved_tensors
         logits: _Logits = ctx.logits
-        to_hidden = torch.empty_like(hidden) if needs[0] else None
-        to_weight = None
-        if needs[1]:
-            to_weight = torch.zeros_like(weight) if ctx.direct is None else gradient_of(ctx.direct)
-        to_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
+        direct = ctx.direct is not None
+        made = _Gradient(ctx.needs_input_grad, hidden, ctx.direct if direct else weight, bias, direct)
         for chunk in reversed(list(logits.chunks())):
             probabilities = ctx.stays.pop(chunk.start, None)
             if probabilities is None:
                 probabilities = logits.make(chunk).sub_(normalizer[chunk]).exp_()
             of_entropy_here = (of_entropy[chunk], entropy[chunk]) if ctx.with_entropy else None
-            g = _to_logits(probabilities, tokens[chunk], of_logprobs[chunk], of_entropy_here)
-            g /= logits.temperature
-            if to_hidden is not None:
-                to_hidden[chunk] = product(g.T, weight.T)
-            if to_weight is not None:
-                add_product(to_weight, g, hidden[chunk].T)
-            if to_bias is not None:
-                to_bias += g.sum(1)
-        return to_hidden, to_weight if ctx.direct is None else None, to_bias, None, None, None, None
+            made.add(logits, chunk, tokens, probabilities, of_logprobs[chunk], of_entropy_here)
+        return *made.parts(), None, None, None, None, None
+
+
+def _same_slopes(made: list[tuple[Tensor, Tensor | None]], of_logprobs: Tensor, of_entropy: Tensor) -> None:
+    """ValueError where the backward pass brings other derivatives than those that the gradient was made with."""
+    for asked, used in ((of_logprobs, [a for a, _ in made]), (of_entropy, [b for _, b in made])):
+        if asked.numel() and used[0] is not None:
+            was = torch.cat(used)  # type: ignore[arg-type]
+            largest, gap = float(was.abs().max()), float((asked - was).abs().max())
+            if gap > 1e-3 * largest:
+                raise ValueError(
+                    "the loss is not token_local: at a token its derivative depends on the scores of other tokens "
+                    f"(difference {gap:.3g}, largest derivative {largest:.3g}); its `schedule` should say "
+                    "token_local=False"
+                )
 
 
 def _to_logits(

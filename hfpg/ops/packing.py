@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hfpg.ops.masked import extent
+from hfpg.ops.product import rung
 
 
-MULTIPLE = 16  # rows are of few lengths: oneDNN keeps something for every shape that it has seen
+MULTIPLE = 16  # of which the length of packed rows is one
 ROW = 256  # positions of a packed row, and more where it pays: attention costs their square
 
 
@@ -103,7 +104,7 @@ def packed(
     lengths = prompts.tolist(), completions.tolist()
     bins, longest = arrange(*lengths, fresh_prompts(prompt_ids, prompt_mask).tolist(), hidden)
     height, width = completion_ids.shape[0], prompt_ids.shape[1] + completion_ids.shape[1]
-    if not even_if_dearer and cost(len(bins), longest, hidden) >= 0.95 * cost(height, width, hidden):
+    if not even_if_dearer and cost(len(bins), longest, hidden) > cost(height, width, hidden):
         return None
     return _place(bins, longest, prompt_ids, prompt_mask, completion_ids, completion_mask, *lengths)
 
@@ -122,7 +123,7 @@ def positions_of(
         return height * width
     fresh = fresh_prompts(prompt_ids, prompt_mask).tolist()
     bins, longest = arrange(prompts.tolist(), completions.tolist(), fresh, hidden)
-    dear = cost(len(bins), longest, hidden) >= 0.95 * cost(height, width, hidden)
+    dear = cost(len(bins), longest, hidden) > cost(height, width, hidden)
     return height * width if dear else len(bins) * longest
 
 
@@ -141,9 +142,7 @@ def arrange(
         if limit in tried:
             continue
         tried.add(limit)
-        bins = fill(pieces(prompts, completions, fresh, limit), hidden)
-        longest = max(sum(piece.size for piece in row) for row in bins)
-        longest += -longest % MULTIPLE
+        bins, longest = fill(pieces(prompts, completions, fresh, limit), hidden)
         price = cost(len(bins), longest, hidden)
         if best is None or price < best[0]:
             best = price, bins, longest
@@ -169,12 +168,15 @@ def pieces(prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[b
     return found
 
 
-def fill(found: Sequence[Piece], hidden: int) -> list[list[Piece]]:
-    """Pieces in rows of about even length, the number of rows being the cheapest: longest first, to the emptiest."""
+def fill(found: Sequence[Piece], hidden: int) -> tuple[list[list[Piece]], int]:
+    """Pieces in rows of about even length, and that length; as many rows as are cheapest.
+
+    The longest piece comes first, each goes to the emptiest row.
+    """
     total, longest = sum(piece.size for piece in found), max(piece.size for piece in found)
     fewest = -(-total // max(longest, 2 * ROW))
     most = min(-(-total // max(longest, ROW // 2)), fewest + 16)
-    best: tuple[float, list[list[Piece]]] | None = None
+    best: tuple[float, list[list[Piece]], int] | None = None
     for count in range(fewest, min(most, len(found)) + 1):
         rows: list[list[Piece]] = [[] for _ in range(count)]
         loads = [0] * count
@@ -182,11 +184,19 @@ def fill(found: Sequence[Piece], hidden: int) -> list[list[Piece]]:
             emptiest = loads.index(min(loads))
             rows[emptiest].append(piece)
             loads[emptiest] += piece.size
-        price = cost(count, max(loads), hidden)
+        length = row_length(count, max(loads))
+        price = cost(count, length, hidden)
         if best is None or price < best[0]:
-            best = price, rows
+            best = price, rows, length
     assert best is not None
-    return best[1]
+    return best[1], best[2]
+
+
+def row_length(rows: int, load: int) -> int:
+    """The length of `rows` rows that hold `load` positions each: together a rung, where one is not far."""
+    length = load + -load % MULTIPLE
+    near = range(length, length + length // 8 + 1, MULTIPLE)
+    return next((longer for longer in near if rung(rows * longer) == rows * longer), length)
 
 
 def cost(rows: int, length: int, hidden: int) -> float:

@@ -161,7 +161,14 @@ def test_update_hands_the_knobs_to_the_learner():
     metrics, state = algorithm.update(learner, rows, estimate(algorithm, rows), State(0.05))
     assert metrics == {"loss": 1.0} and state == State(0.05, step=1)
     assert learner.settings == dict(
-        aggregation="constant", epochs=3, minibatches=2, max_kl=0.1, with_entropy=True, with_kl=False, skip_zero=False
+        aggregation="constant",
+        epochs=3,
+        minibatches=2,
+        max_kl=0.1,
+        with_entropy=True,
+        with_kl=False,
+        skip_zero=False,
+        token_local=True,
     )
 
 

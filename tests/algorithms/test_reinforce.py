@@ -216,7 +216,8 @@ def test_update_is_one_optimizer_step_and_moves_the_kl_coefficient():
     state = ReinforceState(0.1, return_total=3.0, return_weight=1.0)
     metrics, after = algorithm.update(learner, rows, Estimates(rows.old_logprobs), state)
     assert metrics == {"loss": 1.0}
-    settings = {"aggregation": "token_mean", "with_entropy": True, "with_kl": False, "skip_zero": False}
+    settings = {"aggregation": "token_mean", "with_entropy": True, "with_kl": False}
+    settings |= {"skip_zero": False, "token_local": True}
     assert learner.settings == settings
     assert after == dataclasses.replace(state, step=1, kl_coef=pytest.approx(0.1 * (1.02 if kl > 1e-3 else 0.98)))
 

@@ -60,6 +60,46 @@ def test_values_and_gradients_are_those_of_the_plain_head(chunked, sets, with_en
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("n", [7, 90])
+def test_one_pass_makes_the_gradient_of_two(chunked, with_entropy, n, monkeypatch):
+    """The slopes are asked for chunk by chunk, without the positions that fill the last one up."""
+    monkeypatch.setattr(module, "GRAIN", 4)
+    hidden, weight, bias, tokens, kept = inputs(n, sets=True)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    of_logprobs, of_entropy = torch.linspace(-1, 2, n).double(), torch.linspace(2, -1, n).double()
+    asked: list[int] = []
+
+    def slopes(chunk, logprobs, entropy):
+        assert len(logprobs) == chunk.stop - chunk.start and (entropy is None) != with_entropy
+        asked.extend(range(chunk.start, chunk.stop))
+        return of_logprobs[chunk], of_entropy[chunk] if with_entropy else None
+
+    def gradient(how, scale=1.0):
+        scores = head_scores(hidden, weight, bias, tokens, 0.7, kept, with_entropy, how)
+        total = (scores[0] * of_logprobs * scale).sum()
+        return torch.autograd.grad(total + ((scores[1] * of_entropy).sum() if with_entropy else 0), leaves)
+
+    for a, b in zip(gradient(slopes), gradient(None), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    if asked:  # not where all chunks stay: nothing is to be won
+        assert asked == list(range(n))
+        with pytest.raises(ValueError, match="not token_local.*token_local=False"):
+            gradient(slopes, scale=1.1)
+
+
+def test_one_pass_takes_part_only_where_not_all_chunks_stay(monkeypatch):
+    hidden, weight, _, tokens, _ = inputs()
+    hidden.requires_grad_()
+    cut(monkeypatch, tokens=2, kept=4)
+    asked: list[slice] = []
+    slopes = lambda chunk, a, b: (asked.append(chunk), a)[1:] + (None,)  # noqa: E731
+    head_scores(hidden[:4], weight, None, tokens[:4], 1.0, slopes=slopes)
+    assert not asked
+    head_scores(hidden, weight, None, tokens, 1.0, slopes=slopes)
+    assert len(asked) > 2
+
+
 def test_finite_differences(chunked):
     hidden, weight, bias, tokens, kept = inputs(sets=True)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -92,4 +132,4 @@ def test_memory_is_one_chunk_of_logits(monkeypatch):
 
     with Watch():
         head_scores(hidden.requires_grad_(), weight.requires_grad_(), None, tokens, 1.0)[0].sum().backward()
-    assert max(largest) == hidden.numel() < 400 * VOCABULARY
+    assert max(largest) == 416 * 5 < 400 * VOCABULARY, "the hidden states, made up to a multiple of 32"

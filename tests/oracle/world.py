@@ -151,7 +151,7 @@ class World:
         """What the algorithm's loss makes the Learner accumulate for this credit, with the sign of ascent."""
         self.actor.zero_grad()
         loss, schedule = functools.partial(algorithm.loss, state=state), algorithm.schedule(state)
-        wanted = {name: schedule[name] for name in ("with_entropy", "with_kl")}
+        wanted = {name: schedule[name] for name in ("with_entropy", "with_kl", "token_local")}
         self.learner.gradient(rollout, credit, loss, algorithm.aggregation, **wanted)
         return -self.flat([p.grad for p in self.parameters])
 
