@@ -134,10 +134,17 @@ class _Gradient:
         probabilities: Tensor,
         of_logprobs: Tensor,
         of_entropy: tuple[Tensor, Tensor] | None,
+        total: Tensor | None = None,
     ) -> None:
-        """A chunk's part; its probabilities [V, n] are used up. of_entropy: the derivative, and the entropy."""
-        g = _to_logits(probabilities, tokens[chunk], of_logprobs, of_entropy)
-        g /= logits.temperature
+        """A chunk's part; its probabilities [V, n] are used up. of_entropy: the derivative, and the entropy.
+
+        total: [n], what the probabilities are still to be divided by.
+        """
+        if total is not None and of_entropy is not None:
+            probabilities, total = probabilities.div_(total), None
+        g = _to_logits(probabilities, tokens[chunk], of_logprobs, of_entropy, total)
+        if logits.temperature != 1:
+            g /= logits.temperature
         if self.hidden is not None:
             self.hidden[chunk] = inner_product(g, logits.weight)
         if self.weight is not None:
@@ -185,7 +192,7 @@ class _HeadScores(torch.autograd.Function):
             if ctx.made is not None and slopes is not None:
                 here = entropy[chunk] if with_entropy else None
                 a, b = slopes(chunk, logprobs[chunk], here)
-                ctx.made.add(logits, chunk, tokens, z.div_(total), a, None if here is None else (b, here))
+                ctx.made.add(logits, chunk, tokens, z, a, None if here is None else (b, here), total)
                 ctx.slopes.append((a, b))
             elif any(ctx.needs_input_grad) and logits.stays(chunk):
                 stays[chunk.start] = z.div_(total)
@@ -231,11 +238,18 @@ def _same_slopes(made: list[tuple[Tensor, Tensor | None]], of_logprobs: Tensor, 
 
 
 def _to_logits(
-    p: Tensor, tokens: Tensor, of_logprobs: Tensor, of_entropy: tuple[Tensor, Tensor] | None
+    p: Tensor,
+    tokens: Tensor,
+    of_logprobs: Tensor,
+    of_entropy: tuple[Tensor, Tensor] | None,
+    total: Tensor | None = None,
 ) -> Float[Tensor, "V n"]:
-    """The gradient of the logits, in place of the probabilities: a (1_y − p) − b p (ln p + H)."""
+    """The gradient of the logits, in place of the probabilities: a (1_y − p) − b p (ln p + H).
+
+    Without of_entropy p may still have to be divided by `total`: one walk over it less.
+    """
     if of_entropy is None:
-        p.mul_(-of_logprobs)
+        p.mul_(-of_logprobs if total is None else -of_logprobs / total)
     else:
         b, entropy = of_entropy
         logs = p.log().masked_fill_(p == 0, 0).add_(entropy).mul_(b).add_(of_logprobs)
