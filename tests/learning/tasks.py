@@ -256,7 +256,7 @@ SPARSE: dict[str, Any] = dict(num_generations=32, kl_coef=0.0)
 TARGETS = {
     "copy/rloo": Target("copy", RLOO(**EIGHT), least=0.97),
     "copy/ppo": Target("copy", PPO(**EIGHT | dict(num_generations=16)), least=0.97, settings=dict(max_steps=100)),
-    "length/ema": Target("length", Reinforce(**EIGHT), least=0.98),
+    "length/ema": Target("length", Reinforce(**EIGHT), least=0.96),
     "length/remax": Target("length", ReMax(**EIGHT), least=0.98),
     "length/grpo": Target("length", GRPO(**EIGHT), least=0.98),
     "length/a2c": Target("length", A2C(**EIGHT), least=0.98),
