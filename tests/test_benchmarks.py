@@ -239,5 +239,5 @@ def test_page_shows_what_the_files_say() -> None:
     assert table.render(made, []).count(table.NOTHING) == len(table.SECTIONS)
 
 
-def test_page_is_what_its_files_say() -> None:
+def test_page_is_what_its_files_say() -> None:  # house: asserts inside what it calls
     table.main(["--check"])

@@ -124,7 +124,7 @@ def shared(ids: Int[Tensor, "B P"], mask: Tensor | None, group_ids: Int[Tensor, 
 def rung(rows: int) -> int:
     """The batch size for so many live rows: two sizes per factor of two, as kernels are prepared once per size."""
     step = 1 << max(2, rows.bit_length() - 2)
-    return min(rows, 4) if rows <= 4 else -(-rows // step) * step
+    return rows if rows <= 4 else -(-rows // step) * step
 
 
 def buckets(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """Log-probabilities of tokens from what a linear LM head reads, with the gradient written by hand.
 
 What autograd does with `hidden @ weight.T → log_softmax → gather` keeps several [N, V] tensors and walks over each of
-them. Here logits are made in chunks, vocabulary first (a matrix product of that shape is 1.2 to 1.4 times as fast on
-CPUs), are turned into probabilities and then into their own gradient in place. The chunks that were made last stay
+them. Here logits are made in chunks, vocabulary first (which of the two is faster differs by sizes: docs/log.md), are
+turned into probabilities and then into their own gradient in place. The chunks that were made last stay
 for the backward pass; the others are made again. Where the loss says what it makes of each token's scores
 (`slopes`) and not all chunks could stay, the gradient is made in the forward pass and nothing is made again.
 """

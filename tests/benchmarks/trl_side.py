@@ -151,7 +151,7 @@ def ppo(
             num_ppo_epochs=work.epochs,
             total_episodes=(work.steps + 1) * work.samples,
             response_length=work.completion_length,
-            local_rollout_forward_batch_size=min(4 * work.rows, work.samples),  # hfpg scores 4 micro-batches at once
+            local_rollout_forward_batch_size=min(4 * work.rows, work.samples),  # more rows at once are faster
             stop_token="eos",
             num_sample_generations=0,
             kl_coef=work.kl_coef,

@@ -54,15 +54,15 @@ def test_the_heads_gradient_is_made_in_the_forward_pass_here(monkeypatch):
 
 
 @pytest.mark.parametrize(("kl_coef", "temperature"), [(0.0, 1.0), (0.3, 0.7)])
-def test_reinforce(kl_coef, temperature):
+def test_reinforce(kl_coef, temperature):  # house: asserts inside what it calls
     test_exact.test_reinforce_is_unbiased("none", kl_coef, temperature, "gpt2")
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_sum", "token_mean"])
-def test_surrogates_with_a_shared_critic(aggregation):
+def test_surrogates_with_a_shared_critic(aggregation):  # house: asserts inside what it calls
     test_exact.test_at_ratio_one_every_surrogate_is_reinforce(aggregation, "gpt2")
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-def test_pairs_of_completions(kl_coef):
+def test_pairs_of_completions(kl_coef):  # house: asserts inside what it calls
     test_groups.test_leave_one_out_is_unbiased("gpt2", 2, kl_coef)

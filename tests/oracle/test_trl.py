@@ -275,7 +275,7 @@ def test_no_two_rows_of_the_table_are_the_same_case():
 
 
 @pytest.mark.parametrize("name", ["default", "grpo", "dr_grpo", "gspo", "cispo", "k3", "entropy"])
-def test_the_first_step_is_the_same_too(name: str):
+def test_the_first_step_is_the_same_too(name: str):  # house: asserts inside what it calls
     """num_iterations=1: TRL scores no old policy and takes the new one for it; hfpg's old one equals the new one."""
     settings, algorithm = SAME[name]
     theirs, ours = trl(case(), num_iterations=1, **settings), hfpg(case(on_policy=True), algorithm)
@@ -316,7 +316,7 @@ def test_the_soft_overlong_penalty_is_that_of_trls_reward_function():
     assert shaped.scores.unique().numel() == 6
 
 
-def test_dapo_is_the_same_whatever_the_micro_batches():
+def test_dapo_is_the_same_whatever_the_micro_batches():  # house: asserts inside what it calls
     """And so is hfpg always: denominators are those of the whole minibatch."""
     settings, algorithm = SAME["default"]
     close(hfpg(case(), algorithm).loss, trl(case(), gradient_accumulation_steps=4, **settings).loss)
@@ -342,7 +342,7 @@ def test_trl_multiplies_k3_by_the_ratio(loss_type: str, aggregation: Any, on_pol
     unlike(theirs.gradient, ours.gradient)
 
 
-def test_trls_kl_gradient_at_ratio_1_is_that_of_k2():
+def test_trls_kl_gradient_at_ratio_1_is_that_of_k2():  # house: asserts inside what it calls
     world = case(on_policy=True)
     k2 = hfpg(world, GRPO(kl_coef=0.3, kl_estimator="k2"))
     close(k2.gradient, trl(world, loss_type="grpo", beta=0.3).gradient)
@@ -380,7 +380,7 @@ def test_trl_keeps_rows_without_a_score_in_the_denominator(loss_type: str, aggre
     unlike(theirs.gradient, ours.gradient)
 
 
-def test_trl_keeps_groups_of_equal_scores_in_the_denominator():
+def test_trl_keeps_groups_of_equal_scores_in_the_denominator():  # house: asserts inside what it calls
     """It has no dynamic sampling. hfpg's DAPO draws again for them, and leaves out those that stay equal."""
     theirs = trl(case(), epsilon_high=0.28)
     ours = hfpg(case(), DAPO(**GROUP_OF_4 | dict(resample_rounds=3)))
@@ -391,7 +391,7 @@ def test_trl_keeps_groups_of_equal_scores_in_the_denominator():
     unlike(theirs.gradient, ours.gradient)
 
 
-def test_trl_compares_with_cut_completions_that_it_masks():
+def test_trl_compares_with_cut_completions_that_it_masks():  # house: asserts inside what it calls
     """mask_truncated_completions leaves their scores in the group's mean; truncation='mask' takes them out as well."""
     settings = dict(mask_truncated_completions=True, scale_rewards="none")
     ours = hfpg(case(), GRPO(kl_coef=0.0, aggregation="token_mean", scale="none", truncation="mask"))
@@ -408,7 +408,7 @@ def test_trl_compares_with_cut_completions_that_it_masks():
     close(ours.gradient, silent.gradient)
 
 
-def test_bnpo_depends_on_the_micro_batches():
+def test_bnpo_depends_on_the_micro_batches():  # house: asserts inside what it calls
     """TRL's bnpo averages the token means of the micro-batches; hfpg's token_mean is TRL's dapo."""
     theirs, ours = trl(case(), loss_type="bnpo", gradient_accumulation_steps=2), hfpg(case(), PLAIN)
     mask, weights = case().rows.completion_mask, case().rows.weights
@@ -480,7 +480,7 @@ def test_rloo_off_ratio_1_has_trls_clip_and_sequence_ratio_missing():
     unlike(theirs.gradient, ours.gradient)
 
 
-def test_rloo_credits_kl_to_go_and_trl_the_whole_of_it():
+def test_rloo_credits_kl_to_go_and_trl_the_whole_of_it():  # house: asserts inside what it calls
     """Both compare returns after −β Σ k1. In hfpg a token does not answer for the KL of the tokens before it.
 
     The expected gradients are the same. On the first token so are the advantages; on the others they are
@@ -497,7 +497,7 @@ def test_rloo_credits_kl_to_go_and_trl_the_whole_of_it():
     unlike(ours.advantages[:, 0], hfpg(case(), RLOO(kl_coef=0.0)).advantages[:, 0])
 
 
-def test_grpo_without_its_own_mean_and_spread_has_all_of_trls_rloo_at_ratio_1():
+def test_grpo_without_its_own_mean_and_spread_has_all_of_trls_rloo_at_ratio_1():  # house: asserts inside what it calls
     """Its return is that of the whole completion, KL and all; it clips token ratios, TRL's RLOO the sequence's."""
     settings = dict(baseline="leave_one_out", scale="none", aggregation="sequence_sum")
     algorithm = GRPO(kl_coef=0.3, kl_in="reward", kl_estimator="k1", **settings)

@@ -74,7 +74,7 @@ class Server(ThreadingHTTPServer):
                     with server.lock:
                         server.busy -= 1
 
-            def log_message(self, *args: Any) -> None:
+            def log_message(self, *args: Any) -> None:  # house: a server of tests is silent
                 """Say nothing: the base class writes a line a request to stderr."""
 
         super().__init__(("127.0.0.1", 0), Handler)
