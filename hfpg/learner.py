@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from hfpg.config import TrainConfig, require
 from hfpg.linear import onednn_linears
 from hfpg.models import ActorCritic, Reference
-from hfpg.ops.direct import adding_to
+from hfpg.ops.direct import adding_to, keeping_blocks
 from hfpg.ops.keyed import permutation
 from hfpg.ops.masked import Aggregation, extent, token_coefficients
 from hfpg.ops.packing import positions_of
@@ -191,7 +191,7 @@ class Learner:
                     self.step()
                     steps += 1
                     totals = {k: totals.get(k, 0.0) + v for k, v in metrics.items()}
-                self.optimizer.zero_grad(set_to_none=True)
+                self.forget_gradient()
                 if ended:
                     break
             if ended:
@@ -238,9 +238,8 @@ class Learner:
                 inputs = model_inputs(part, self.args.temperature)
                 reference = self.reference if with_kl else None
                 slopes = Slopes(loss, part, credit, world * coefficients[rows, :width]) if token_local else None
-                direct = self.actor.large_matrices() if world == 1 else []
                 # around the backward pass too: it makes parts of the forward again, which has to be the same one
-                with adding_to(*direct), onednn_linears(self.actor):
+                with adding_to(*self._direct()), onednn_linears(self.actor):
                     new = self.model(**inputs, with_entropy=with_entropy, reference=reference, slopes=slopes)
                     token = loss(new, part, credit)
                     weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
@@ -290,6 +289,15 @@ class Learner:
         middle = len(batch) // 2
         halves = batch[:middle], batch[middle:]
         return [fits for half in halves for fits in self._fitting(rows, half, max_tokens)]
+
+    def _direct(self) -> list[Tensor]:
+        """Matrices whose gradient is added up in place: hooks, by which processes average theirs, would miss it."""
+        return self.actor.large_matrices() if self.accelerator.num_processes == 1 else []
+
+    def forget_gradient(self) -> None:
+        """Drop what was accumulated; large blocks stay, as zeros."""
+        with keeping_blocks(*self._direct()):
+            self.optimizer.zero_grad(set_to_none=True)
 
     def forget_policy_gradient(self) -> None:
         """Drop what was accumulated for the policy: the next step trains the value function alone."""

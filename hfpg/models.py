@@ -216,17 +216,17 @@ class ActorCritic(nn.Module):
     def _trunk(self, trunk: Any, layout: Layout, states: Tensor | None) -> Float[Tensor, "N H"]:
         """Hidden states of all positions, R · L = N of them; from the states of frozen layers where they are given."""
         inputs = self._inputs(layout)
-        matrix = causal_lm(self.policy).get_input_embeddings().weight
-        if self.takes_embeddings and is_direct(matrix) and trunk is causal_lm(self.policy).base_model:
+        if self.takes_embeddings and is_direct(matrix := trunk.get_input_embeddings().weight):
             inputs["inputs_embeds"] = look_up(matrix, inputs.pop("input_ids"))
         with skipping(trunk, 0, 0 if states is None else self.frozen_layers, states):
             return trunk(**inputs).last_hidden_state.flatten(0, 1)
 
     def large_matrices(self) -> list[Tensor]:
-        """The embeddings and the LM head of the policy (one matrix, where they are tied), if this module uses them."""
+        """[V, H] each: embeddings of policy and critic, the policy's LM head (or one, where they are tied), if used."""
         lm = causal_lm(self.policy)
         head = lm.get_output_embeddings() if self.chunked_head else None
-        found = [lm.get_input_embeddings().weight] if self.takes_embeddings else []
+        trunks = [lm.base_model, getattr(self.value, "trunk", None)]
+        found = [t.get_input_embeddings().weight for t in trunks if self.takes_embeddings and t is not None]
         return found + ([head.weight] if type(head) is nn.Linear else [])
 
     def _model_logits(self, inputs: dict[str, Any], length: int, states: Tensor | None = None) -> Tensor:

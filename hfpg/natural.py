@@ -217,7 +217,7 @@ def natural_step(
     region = TrustRegion(learner, rollout, estimates, loss)
     metrics, largest = learner.gradient(rollout, estimates, loss, "sequence_sum")
     g = -region.flat([p.grad for p in region.parameters])
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.forget_gradient()
     norm = float(g.double().norm())
     metrics |= dict(grad_norm=norm, optimizer_steps=0.0, kl_stops=0.0, skipped_steps=0.0, first_log_ratio_max=largest)
     metrics |= dict(trust_region_kl=0.0, surrogate_gain=0.0, step_fraction=0.0, line_search_failures=0.0)

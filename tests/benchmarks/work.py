@@ -50,7 +50,7 @@ class Work:
     minibatches: int = 1
     micro_positions: int = 1024
     kl_coef: float = 0.05
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-9  # so small that the law of the lengths stays what it is
     trainable_layers: int | None = None  # hfpg alone: only so many layers at the top learn
     threads: int = 1
     steps: int = 3  # measured; one more before them is warm-up

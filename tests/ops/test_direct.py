@@ -9,7 +9,7 @@ import torch
 
 from hfpg.algorithms import PPO
 from hfpg.models import ActorCritic
-from hfpg.ops.direct import adding_to, is_direct, look_up
+from hfpg.ops.direct import adding_to, is_direct, keeping_blocks, look_up
 from hfpg.ops.head import head_scores
 from tests import build, tiny
 
@@ -43,9 +43,37 @@ def test_outside_and_for_others_nothing_changes():
         assert not is_direct(matrix), "a hook has to see the gradient"
 
 
+def test_a_dropped_gradient_leaves_its_block_as_zeros():
+    matrix, hooked, fresh = (torch.randn(5, 4).requires_grad_() for _ in range(3))
+    hooked.register_hook(lambda g: g)
+    (uses(matrix) + uses(hooked)).backward()
+    block = matrix.grad
+    with keeping_blocks(matrix, hooked, fresh):
+        for leaf in (matrix, hooked, fresh):
+            leaf.grad = None
+    assert matrix.grad is block and not block.any()
+    assert hooked.grad is None and fresh.grad is None
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_the_learner_keeps_the_blocks_of_large_matrices_from_step_to_step(value):
+    by = build.learner(ActorCritic(tiny.model("llama"), value))
+    rollout, credit = build.rollout_of(build.draw(by.actor), by)
+    blocks, large = [], by.actor.large_matrices()
+    assert len(large) == (2 if value == "shared" else 3)  # embeddings, head, the critic's embeddings
+    for _ in range(2):
+        by.optimize(rollout, credit, PPO().loss, aggregation="token_mean")
+        blocks.append([m.grad.data_ptr() for m in large])
+        assert not any(m.grad.any() for m in large)
+        others = [p for p in by.actor.parameters() if all(p is not m for m in large)]
+        assert all(p.grad is None for p in others)
+    assert blocks[0] == blocks[1]
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "opt", "gemma2", "lstm"])
-def test_the_learners_gradient_is_the_same(kind, monkeypatch):
-    start, found = ActorCritic(tiny.model(kind), "shared"), []
+def test_the_learners_gradient_is_the_same(kind, value, monkeypatch):
+    start, found = ActorCritic(tiny.model(kind), value), []
     for direct in (True, False):
         by = build.learner(copy.deepcopy(start), max_tokens_per_micro_batch=60)
         if not direct:
