@@ -25,7 +25,7 @@ from hfpg.models import ActorCritic, Reference
 from hfpg.ops.direct import adding_to, keeping_blocks
 from hfpg.ops.keyed import permutation
 from hfpg.ops.masked import Aggregation, extent, token_coefficients
-from hfpg.ops.packing import positions_of
+from hfpg.ops.packing import MORE, packed_batches, positions_of
 from hfpg.token_local import Slopes
 from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
 
@@ -276,15 +276,18 @@ class Learner:
         """
         lengths = rows.prompt_mask.sum(1), extent(rows.completion_mask)
         if self.actor.packs:
-            found = packed_batches(*lengths, rows.group_ids, max_tokens)
+            found = packed_batches(*lengths, rows.group_ids, self.actor.hidden_size, max_tokens)
             return [part for batch in found for part in self._fitting(rows, batch, max_tokens)]
         return micro_batches(*lengths, max_tokens)
 
     def _fitting(self, rows: R, batch: Tensor, max_tokens: int) -> list[Tensor]:
-        """The batch, halved until each part's layout has at most `max_tokens` positions and a tenth more."""
+        """The batch, halved until each part's layout has at most `max_tokens` positions and a tenth more.
+
+        Rows are longer than was planned where prompts are empty.
+        """
         part = trim(rows.take(batch))
         given = (part.prompt_ids, part.prompt_mask, part.completion_ids, part.completion_mask)
-        if len(batch) == 1 or positions_of(*given, self.actor.hidden_size) <= 1.1 * max_tokens:
+        if len(batch) == 1 or positions_of(*given, self.actor.hidden_size) <= MORE * max_tokens:
             return [batch]
         middle = len(batch) // 2
         halves = batch[:middle], batch[middle:]
@@ -430,36 +433,6 @@ def micro_batches(prompt: Int[Tensor, " N"], completion: Int[Tensor, " N"], max_
             batches.append([row])
             width = sizes[row]
     return [torch.tensor(batch) for batch in batches]
-
-
-def packed_batches(
-    prompt: Int[Tensor, " N"], completion: Int[Tensor, " N"], groups: Int[Tensor, " N"], max_tokens: int
-) -> list[Tensor]:
-    """Like `micro_batches` for rows without padding, of which those of one group share the positions of the prompt."""
-    by_group: dict[int, list[int]] = {}
-    for row, group in enumerate(groups.tolist()):
-        by_group.setdefault(group, []).append(row)
-    prompts, completions = prompt.tolist(), completion.tolist()
-    longest = {group: max(prompts[i] + completions[i] for i in rows) for group, rows in by_group.items()}
-    left = sum(prompts[rows[0]] for rows in by_group.values()) + sum(completions)
-    batches: list[list[int]] = []
-    sizes: dict[int, int] = {}
-    size, target = 0, 0.0
-    for group in sorted(by_group, key=lambda group: longest[group]):  # sorted: long rows among short ones cost more
-        shared = False
-        for row in by_group[group]:
-            more = completions[row] + (0 if shared else prompts[row])
-            if not batches or size + more > max_tokens or size + more / 2 > target:
-                batches.append([])
-                batches_left = math.ceil(left / max_tokens)  # in even shares; the last one takes what there is
-                target = left / batches_left if batches_left > 1 else math.inf
-                size, more = 0, prompts[row] + completions[row]
-            batches[-1].append(row)
-            left -= completions[row] + (0 if shared else prompts[row])
-            size, shared = size + more, True
-            sizes[len(batches) - 1] = size
-    # the largest first: memory that it leaves behind holds each of the others
-    return [torch.tensor(batches[i]) for i in sorted(sizes, key=lambda i: -sizes[i])]
 
 
 def at_least_single(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,14 +14,15 @@ from hfpg.ops.product import FEWEST, linear, suits
 
 
 @contextmanager
-def onednn_linears(model: nn.Module) -> Iterator[None]:
+def onednn_linears(model: nn.Module, sizes: Callable[[int], int] = lambda rows: rows) -> Iterator[None]:
     """Inside, fp32 linear layers on the CPU multiply by oneDNN in place of MKL: the same up to rounding.
 
-    A graph made inside has one derivative, whenever its backward pass is run.
+    A graph made inside has one derivative, whenever its backward pass is run. Rows of x are made up to `sizes(rows)`,
+    for callers whose numbers of rows are many: oneDNN keeps something for each.
     """
     layers = [layer for layer in model.modules() if _suits(layer)]
     for layer in layers:
-        layer.forward = functools.partial(_forward, layer)
+        layer.forward = functools.partial(_forward, layer, sizes)
     try:
         yield
     finally:
@@ -37,8 +38,11 @@ def _suits(layer: nn.Module) -> bool:
     )
 
 
-def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+def _forward(layer: nn.Module, sizes: Callable[[int], int], x: Tensor) -> Tensor:
     """`layer(x)`; x [..., in]."""
     if x.numel() < FEWEST * x.shape[-1] or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return type(layer).forward(layer, x)  # type: ignore[attr-defined]
-    return linear(x, layer.weight, layer.bias, transposed=isinstance(layer, Conv1D))  # type: ignore[arg-type]
+    rows = x.numel() // x.shape[-1]
+    flat = nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, spare)) if (spare := sizes(rows) - rows) else x
+    out = linear(flat, layer.weight, layer.bias, transposed=isinstance(layer, Conv1D))  # type: ignore[arg-type]
+    return out[:rows].view(*x.shape[:-1], -1) if spare else out

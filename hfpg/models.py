@@ -222,7 +222,7 @@ class ActorCritic(nn.Module):
             return trunk(**inputs).last_hidden_state.flatten(0, 1)
 
     def large_matrices(self) -> list[Tensor]:
-        """[V, H] each: embeddings of policy and critic, the policy's LM head (or one, where they are tied), if used."""
+        """[V, H] each: embeddings of policy and critic, the policy's LM head (one, where they are tied), if used."""
         lm = causal_lm(self.policy)
         head = lm.get_output_embeddings() if self.chunked_head else None
         trunks = [lm.base_model, getattr(self.value, "trunk", None)]

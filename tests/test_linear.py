@@ -86,6 +86,18 @@ def test_layers_are_given_back_also_after_an_error():
     assert not any("forward" in vars(module) for module in layers.modules())
 
 
+@pytest.mark.parametrize("shape", [(9, 256), (3, 5, 256), (3, 4, 256)])
+@torch.no_grad()
+def test_rows_are_made_up_to_a_size(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    layers, x, seen, plain = Layers(), torch.randn(shape), [], product.product
+    expected = layers.plain(x), layers.transposed(x)
+    monkeypatch.setattr(product, "product", lambda a, *rest: seen.append(len(a)) or plain(a, *rest))
+    with onednn_linears(layers, lambda rows: -(-rows // 12) * 12):
+        found = layers.plain(x), layers.transposed(x)
+    torch.testing.assert_close(found, expected)
+    assert set(seen) == {12 if x.numel() <= 12 * 256 else 24}
+
+
 @torch.no_grad()
 def test_what_others_have_replaced_stays_theirs():
     layers = Layers()

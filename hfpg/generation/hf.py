@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from hfpg.config import nearest, require
-from hfpg.generation.loop import DecodeLoop
+from hfpg.generation.loop import DecodeLoop, rung
 from hfpg.generation.stock import Finished, KeyedSampler
 from hfpg.linear import onednn_linears
 from hfpg.pretrained import causal_lm
@@ -99,7 +99,7 @@ class HFGenerator:
         lengths = prompts.mask.sum(1)
         order = lengths.argsort(stable=True)  # prompts of similar length into one call: little padding
         calls = self._calls(lengths[order].tolist(), prompts.group_ids[order].tolist(), most_rows(lm, len(prompts)))
-        with onednn_linears(lm) if self.own_loop else nullcontext():
+        with onednn_linears(lm, rung) if self.own_loop else nullcontext():
             parts = [self._generate(lm, narrowest(prompts.take(order[call])), greedy) for call in calls]
         samples = join(parts).take(order.argsort())
         return dataclasses.replace(samples, prompt_ids=prompts.ids, prompt_mask=prompts.mask)

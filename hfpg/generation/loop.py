@@ -32,6 +32,7 @@ from hfpg.ops.keyed import GumbelMax, mix
 from hfpg.ops.logprobs import sampling_logits
 
 
+MANY = 512  # rows, of which padding would cost more than shapes do
 PADDING = 64  # columns of padding that a forward pass of their own would save: about what one more pass costs
 INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -122,8 +123,11 @@ def shared(ids: Int[Tensor, "B P"], mask: Tensor | None, group_ids: Int[Tensor, 
 
 
 def rung(rows: int) -> int:
-    """The batch size for so many live rows: two sizes per factor of two, as kernels are prepared once per size."""
-    step = 1 << max(2, rows.bit_length() - 2)
+    """What so many rows are made up to: two sizes per factor of two, eight where there are many.
+
+    oneDNN prepares and keeps something for each.
+    """
+    step = 1 << max(2, rows.bit_length() - (2 if rows <= MANY else 4))
     return rows if rows <= 4 else -(-rows // step) * step
 
 

@@ -8,7 +8,9 @@ to rounding; models that look further than their mask says (windows, recurrence)
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from hfpg.ops.product import rung
 
 MULTIPLE = 16  # of which the length of packed rows is one
 ROW = 256  # positions of a packed row, and more where it pays: attention costs their square
+MORE = 1.1  # times the budget that a micro-batch may have where rows do not come out even
 
 
 class Layout(NamedTuple):
@@ -50,6 +53,15 @@ class Piece(NamedTuple):
 
     rows: list[int]
     size: int
+
+
+class Packing(NamedTuple):
+    """Rows of pieces, what they cost, their length, and how many of them go through the model at once."""
+
+    price: float
+    bins: list[list[Piece]]
+    length: int
+    at_once: int
 
 
 def positions(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -102,11 +114,11 @@ def packed(
     if not prompts.all():
         return None  # nothing stands before the first token
     lengths = prompts.tolist(), completions.tolist()
-    bins, longest = arrange(*lengths, fresh_prompts(prompt_ids, prompt_mask).tolist(), hidden)
+    found = arrange(*lengths, fresh_prompts(prompt_ids, prompt_mask).tolist(), hidden)
     height, width = completion_ids.shape[0], prompt_ids.shape[1] + completion_ids.shape[1]
-    if not even_if_dearer and cost(len(bins), longest, hidden) > cost(height, width, hidden):
+    if not even_if_dearer and cost(len(found.bins), found.length, hidden) > cost(height, width, hidden):
         return None
-    return _place(bins, longest, prompt_ids, prompt_mask, completion_ids, completion_mask, *lengths)
+    return _place(found.bins, found.length, prompt_ids, prompt_mask, completion_ids, completion_mask, *lengths)
 
 
 def positions_of(
@@ -122,32 +134,56 @@ def positions_of(
     if not prompts.all():
         return height * width
     fresh = fresh_prompts(prompt_ids, prompt_mask).tolist()
-    bins, longest = arrange(prompts.tolist(), completions.tolist(), fresh, hidden)
-    dear = cost(len(bins), longest, hidden) > cost(height, width, hidden)
-    return height * width if dear else len(bins) * longest
+    found = arrange(prompts.tolist(), completions.tolist(), fresh, hidden)
+    dear = cost(len(found.bins), found.length, hidden) > cost(height, width, hidden)
+    return height * width if dear else len(found.bins) * found.length
+
+
+def packed_batches(
+    prompts: Int[Tensor, " N"], completions: Int[Tensor, " N"], groups: Int[Tensor, " N"], hidden: int, max_tokens: int
+) -> list[Tensor]:
+    """Parts of rows of these lengths that pack well into about `max_tokens` positions each (one row at least).
+
+    Rows of one group have the same prompt. All are packed at once and the packed rows are dealt out evenly: every part
+    but the last has as many positions as the first. A part may have a tenth more than `max_tokens`.
+    """
+    if not len(groups):
+        return []
+    order = torch.argsort(groups, stable=True)
+    fresh = torch.cat([groups.new_ones(1, dtype=torch.bool), groups[order].diff() != 0])
+    found = arrange(prompts[order].tolist(), completions[order].tolist(), fresh.tolist(), hidden, max_tokens)
+    parts = (found.bins[i : i + found.at_once] for i in range(0, len(found.bins), found.at_once))
+    order = order.cpu()
+    return [order[sorted(row for in_row in part for piece in in_row for row in piece.rows)] for part in parts]
 
 
 def arrange(
-    prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[bool], hidden: int
-) -> tuple[list[list[Piece]], int]:
-    """The cheapest rows of pieces, and their length.
+    prompts: Sequence[int],
+    completions: Sequence[int],
+    fresh: Sequence[bool],
+    hidden: int,
+    max_tokens: int | None = None,
+) -> Packing:
+    """The cheapest rows of pieces, in micro-batches of about `max_tokens` positions if that is given.
 
     Long prompts are worth long rows, in which more completions share them; long completions are not.
     """
+    return _arrange(tuple(prompts), tuple(completions), tuple(fresh), hidden, max_tokens)
+
+
+@lru_cache(maxsize=256)  # the same rows in every epoch
+def _arrange(
+    prompts: tuple[int, ...],
+    completions: tuple[int, ...],
+    fresh: tuple[bool, ...],
+    hidden: int,
+    max_tokens: int | None,
+) -> Packing:
     most = max(completions)
-    best: tuple[float, list[list[Piece]], int] | None = None
-    tried: set[int] = set()
-    for together in (1, 2, 4, 8, 16):
-        limit = max(ROW, max(prompts) + together * most)
-        if limit in tried:
-            continue
-        tried.add(limit)
-        bins, longest = fill(pieces(prompts, completions, fresh, limit), hidden)
-        price = cost(len(bins), longest, hidden)
-        if best is None or price < best[0]:
-            best = price, bins, longest
-    assert best is not None
-    return best[1], best[2]
+    limits = {ROW // 2, *(max(ROW, max(prompts) + together * most) for together in (1, 2, 4, 8, 16))}
+    limits = limits if max_tokens is None else {min(limit, max_tokens) for limit in limits}
+    found = (fill(pieces(prompts, completions, fresh, limit), hidden, max_tokens) for limit in sorted(limits))
+    return min(found, key=lambda packing: packing.price)
 
 
 def fresh_prompts(prompt_ids: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"]) -> Bool[Tensor, " B"]:
@@ -168,35 +204,56 @@ def pieces(prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[b
     return found
 
 
-def fill(found: Sequence[Piece], hidden: int) -> tuple[list[list[Piece]], int]:
-    """Pieces in rows of about even length, and that length; as many rows as are cheapest.
+def fill(found: Sequence[Piece], hidden: int, max_tokens: int | None = None) -> Packing:
+    """Pieces in rows of the length that is cheapest: each, the largest first, goes where it leaves the least room.
 
-    The longest piece comes first, each goes to the emptiest row.
+    Positions are to be of few numbers, for which oneDNN keeps something each: others than rungs count an eighth more.
     """
     total, longest = sum(piece.size for piece in found), max(piece.size for piece in found)
-    fewest = -(-total // max(longest, 2 * ROW))
-    most = min(-(-total // max(longest, ROW // 2)), fewest + 16)
-    best: tuple[float, list[list[Piece]], int] | None = None
-    for count in range(fewest, min(most, len(found)) + 1):
-        rows: list[list[Piece]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for piece in sorted(found, key=lambda piece: -piece.size):
-            emptiest = loads.index(min(loads))
-            rows[emptiest].append(piece)
-            loads[emptiest] += piece.size
-        length = row_length(count, max(loads))
-        price = cost(count, length, hidden)
-        if best is None or price < best[0]:
-            best = price, rows, length
+    found = sorted(found, key=lambda piece: -piece.size)
+    shortest = longest + -longest % MULTIPLE
+    best: Packing | None = None
+    for length in range(shortest, max(shortest + shortest // 8, 2 * ROW) + 1, MULTIPLE):
+        if best is not None and (
+            total / length * cost(1, length, hidden) >= best.price
+            or (max_tokens is not None and length > MORE * max_tokens)
+        ):
+            break  # nor would any longer one do
+        bins = best_fit(found, length)
+        heights = in_parts(len(bins), length, total, max_tokens)
+        few = all(rung(height * length) == height * length for height in heights)
+        price = cost(len(bins), length, hidden) * (1 if few else 9 / 8)
+        if best is None or price < best.price:
+            best = Packing(price, bins, length, heights[0])
     assert best is not None
-    return best[1], best[2]
+    return best
 
 
-def row_length(rows: int, load: int) -> int:
-    """The length of `rows` rows that hold `load` positions each: together a rung, where one is not far."""
-    length = load + -load % MULTIPLE
-    near = range(length, length + length // 8 + 1, MULTIPLE)
-    return next((longer for longer in near if rung(rows * longer) == rows * longer), length)
+def best_fit(found: Sequence[Piece], length: int) -> list[list[Piece]]:
+    """Pieces in rows of at most `length` positions."""
+    bins: list[list[Piece]] = []
+    room: list[tuple[int, int]] = []  # of each row, sorted
+    for piece in found:
+        at = bisect_left(room, (piece.size, -1))
+        if at == len(room):
+            space, row = length, len(bins)
+            bins.append([])
+        else:
+            space, row = room.pop(at)
+        bins[row].append(piece)
+        insort(room, (space - piece.size, row))
+    return bins
+
+
+def in_parts(rows: int, length: int, tokens: int, max_tokens: int | None) -> list[int]:
+    """How many of these rows, which hold `tokens` tokens, go into each micro-batch: as many in all but the last."""
+    if max_tokens is None:
+        return [rows]
+    for parts in range(-(-tokens // max_tokens), rows):
+        height = -(-rows // parts)
+        if height * length <= MORE * max_tokens:
+            return [min(height, rows - start) for start in range(0, rows, height)]
+    return [1] * rows
 
 
 def cost(rows: int, length: int, hidden: int) -> float:

@@ -289,7 +289,8 @@ def test_finished_rows_are_not_computed():
 def test_rungs_are_few_and_close():
     sizes = {loop.rung(rows) for rows in range(1, 1025)}
     assert all(rows <= loop.rung(rows) <= max(rows + 3, 1.5 * rows) for rows in range(1, 1025))
-    assert len(sizes) < 25 and loop.rung(1) == 1
+    assert len([size for size in sizes if size <= loop.MANY]) < 18 and loop.rung(1) == 1
+    assert all(loop.rung(rows) <= 1.125 * rows + 1 for rows in range(loop.MANY + 1, 5000))
 
 
 @pytest.mark.parametrize("budget", [1, 60, 200, 10_000])

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from hfpg.ops.packing import Layout, arrange, fill, packed, padded, pieces
+from hfpg.ops.packing import MORE, Layout, arrange, fill, packed, packed_batches, padded, pieces, positions_of
 
 
 def rows(prompts: list[int], completions: list[int], same: list[int]):
@@ -90,20 +90,19 @@ def test_long_prompts_do_not_make_long_rows():
 
 def test_rows_are_as_long_as_it_pays():
     """Long prompts and short completions: one row. Short prompts and long completions: none above the longest."""
-    _, longest = arrange([1000] * 8, [100] * 8, [True] + [False] * 7, 768)
-    assert longest == 1920, "1800, and a multiple of 128: few lengths"
-    bins, longest = arrange([10] * 8, [1000] * 8, [True] + [False] * 7, 768)
-    assert (len(bins), longest) == (8, 1024)
+    found = arrange([1000] * 8, [100] * 8, [True] + [False] * 7, 768)
+    assert found.length == 1920, "1800, and a multiple of 128: few lengths"
+    found = arrange([10] * 8, [1000] * 8, [True] + [False] * 7, 768)
+    assert (len(found.bins), found.length) == (8, 1024)
 
 
-def test_rows_are_filled_evenly():
+def test_rows_are_filled_well():
     made = torch.Generator().manual_seed(0)
     sizes = torch.randint(20, 120, (40,), generator=made).tolist()
-    found, length = fill(pieces([10] * 40, [s - 10 for s in sizes], [True] * 40, 256), 768)
-    loads = [sum(piece.size for piece in row) for row in found]
-    assert sorted(r for row in found for piece in row for r in piece.rows) == list(range(40))
-    assert max(loads) * len(loads) <= 1.05 * sum(sizes)
-    assert max(loads) <= length and len(found) * length <= 1.1 * sum(sizes)
+    found = fill(pieces([10] * 40, [s - 10 for s in sizes], [True] * 40, 256), 768)
+    loads = [sum(piece.size for piece in row) for row in found.bins]
+    assert sorted(r for row in found.bins for piece in row for r in piece.rows) == list(range(40))
+    assert max(loads) <= found.length and len(found.bins) * found.length <= 1.1 * sum(sizes)
 
 
 def test_positions_are_of_few_numbers():
@@ -111,6 +110,24 @@ def test_positions_are_of_few_numbers():
     made, seen = torch.Generator().manual_seed(0), set()
     for _ in range(100):
         sizes = torch.randint(20, 120, (int(torch.randint(6, 13, (1,), generator=made)),), generator=made).tolist()
-        bins, length = arrange([10] * len(sizes), sizes, [True] * len(sizes), 768)
-        seen.add(len(bins) * length)
-    assert len([n for n in seen if 512 < n <= 1024]) <= 16
+        found = arrange([10] * len(sizes), sizes, [True] * len(sizes), 768)
+        seen.add(len(found.bins) * found.length)
+    assert len([n for n in seen if 512 < n <= 1024]) <= 10
+
+
+@pytest.mark.parametrize("generations", [1, 4])
+def test_micro_batches_are_full_and_of_few_numbers_of_positions(generations):
+    """Steps of 64 completions, of 1 to 48 tokens: at most 8 % of the positions are padding or prompts once more."""
+    made, seen, used, real = torch.Generator().manual_seed(0), set(), 0, 0
+    groups = torch.arange(64) // generations
+    for _ in range(30):
+        completions = torch.empty(64).geometric_(0.04, generator=made).clamp(max=48).long()
+        given = rows([16] * 64, completions.tolist(), groups.tolist())
+        for part in packed_batches(torch.full((64,), 16), completions, groups, 256, 1024):
+            size = positions_of(*(x[part] for x in given), 256)
+            assert size <= MORE * 1024
+            seen.add(size)
+            used += size
+        real += int(completions.sum()) + 16 * 64 // generations
+    assert used <= 1.08 * real
+    assert len(seen) <= 8
