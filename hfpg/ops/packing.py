@@ -207,7 +207,7 @@ def pieces(prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[b
 def fill(found: Sequence[Piece], hidden: int, max_tokens: int | None = None) -> Packing:
     """Pieces in rows of the length that is cheapest: each, the largest first, goes where it leaves the least room.
 
-    Positions are to be of few numbers, for which oneDNN keeps something each: others than rungs count an eighth more.
+    Positions are to be of few numbers, for which oneDNN keeps something each: others than rungs count a sixteenth more.
     """
     total, longest = sum(piece.size for piece in found), max(piece.size for piece in found)
     found = sorted(found, key=lambda piece: -piece.size)
@@ -222,7 +222,7 @@ def fill(found: Sequence[Piece], hidden: int, max_tokens: int | None = None) -> 
         bins = best_fit(found, length)
         heights = in_parts(len(bins), length, total, max_tokens)
         few = all(rung(height * length) == height * length for height in heights)
-        price = cost(len(bins), length, hidden) * (1 if few else 9 / 8)
+        price = cost(len(bins), length, hidden) * (1 if few else 17 / 16)
         if best is None or price < best.price:
             best = Packing(price, bins, length, heights[0])
     assert best is not None
