@@ -207,7 +207,7 @@ def pieces(prompts: Sequence[int], completions: Sequence[int], fresh: Sequence[b
 def fill(found: Sequence[Piece], hidden: int, max_tokens: int | None = None) -> Packing:
     """Pieces in rows of the length that is cheapest: each, the largest first, goes where it leaves the least room.
 
-    Positions are to be of few numbers, for which oneDNN keeps something each: others than rungs count a sixteenth more.
+    Positions are to be of few numbers, for which oneDNN keeps something each: others than rungs cost 1/16 more.
     """
     total, longest = sum(piece.size for piece in found), max(piece.size for piece in found)
     found = sorted(found, key=lambda piece: -piece.size)
