@@ -62,7 +62,7 @@ class RunState:
     position: int = 0  # prompts taken from the endless stream
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)  # what evaluations have shown; see report/watch.py
-    sampler_gap: float | None = None  # largest difference between sampling and scoring, where it was looked at
+    sampler_gap: float | None = None  # largest relative difference of sampling and scoring, if looked at
 
 
 def save_checkpoint(

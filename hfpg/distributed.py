@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.parallel import DistributedDataParallel
 
 from hfpg.config import TrainConfig, require
+from hfpg.heap import keep_freed_memory
 from hfpg.types import Rollout, join
 
 
@@ -25,7 +26,8 @@ def launch(args: TrainConfig) -> Accelerator:
     """The Accelerator of a run, and CPU threads that fit it.
 
     `accelerate launch` exports OMP_NUM_THREADS=1 for one CPU process, which leaves the other cores idle: here a
-    process takes its share of the cores unless `torch_threads` says otherwise.
+    process takes its share of the cores unless `torch_threads` says otherwise. Training on a CPU it also keeps the
+    memory that it frees (hfpg/heap.py).
 
     Raises:
         ConfigError: launched as several processes of which Accelerate sees one (each would train alone, over the
@@ -69,6 +71,7 @@ def launch(args: TrainConfig) -> Accelerator:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(args.torch_threads or max(1, cores // local))
+        keep_freed_memory()
     return accelerator
 
 

@@ -127,14 +127,16 @@ class Learner:
         return {name: values for name, values in said.items() if values is not None}
 
     def gap(self, samples: R) -> float:
-        """Largest difference, over all ranks, between what the sampler captured and what the scoring forward says."""
+        """Largest difference, over all ranks, between what the sampler captured and what the scoring forward says.
+
+        Of log-probs, entropies and values, each in units of its largest or of 1: their rounding grows with their size.
+        """
         given, scored, worst = captured(samples), self.score(samples), 0.0
         if given is None:
             worst = math.inf
         elif given.logprobs.numel():
-            worst = float((given.logprobs - scored.logprobs).abs().max())
-            for a, b in ((given.entropy, scored.entropy), (given.values, scored.values)):
-                if a is not None and b is not None:  # their rounding grows with their size
+            for a, b in zip(given, scored, strict=True):
+                if a is not None and b is not None:
                     worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1)))
         gaps = torch.tensor([worst if worst < math.inf else math.inf], device=self.accelerator.device)
         return float(self.accelerator.gather(gaps).max())

@@ -216,8 +216,8 @@ class ActorCritic(nn.Module):
     def _trunk(self, trunk: Any, layout: Layout, states: Tensor | None) -> Float[Tensor, "N H"]:
         """Hidden states of all positions, R · L = N of them; from the states of frozen layers where they are given."""
         inputs = self._inputs(layout)
-        if self.takes_embeddings and is_direct(matrix := trunk.get_input_embeddings().weight):
-            inputs["inputs_embeds"] = look_up(matrix, inputs.pop("input_ids"))
+        if self.takes_embeddings and is_direct((embed := trunk.get_input_embeddings()).weight):
+            inputs["inputs_embeds"] = look_up(embed.weight, inputs.pop("input_ids"), embed.padding_idx)
         with skipping(trunk, 0, 0 if states is None else self.frozen_layers, states):
             return trunk(**inputs).last_hidden_state.flatten(0, 1)
 

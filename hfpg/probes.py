@@ -102,7 +102,7 @@ def takes_embeddings(actor: Any, inputs: dict[str, Any]) -> bool:
     """True if the trunk is the same function of its embeddings, looked up outside, and nothing else."""
     lm = causal_lm(actor.policy)
     embed = lm.get_input_embeddings()
-    if type(embed) is not nn.Embedding or embed.padding_idx is not None or embed.max_norm is not None:
+    if type(embed) is not nn.Embedding or embed.max_norm is not None or embed.scale_grad_by_freq:
         return False
     by_ids = lm.base_model(**inputs).last_hidden_state if actor.chunked_head else None
     given = {name: x for name, x in inputs.items() if name != "input_ids"}

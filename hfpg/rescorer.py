@@ -20,7 +20,7 @@ from hfpg.types import Rollout, Samples, Scores
 
 logger = logging.getLogger(__name__)
 
-SAMPLER_TOLERANCE = 1e-5  # of a log-prob, between sampling and scoring in single precision: rounding is some 1e-6
+SAMPLER_TOLERANCE = 1e-5  # between sampling and scoring in single precision, of the largest log-prob: rounding is 1e-6
 
 
 class Rescorer:
@@ -95,10 +95,10 @@ class Rescorer:
             return None
         if run.sampler_gap is None:
             run.sampler_gap = self.learner.gap(rows)
-            logger.info("sampling and scoring differ by at most %.1e in a log-prob", run.sampler_gap)
+            logger.info("sampling and scoring differ by at most %.1e of the largest log-prob", run.sampler_gap)
             if run.sampler_gap > SAMPLER_TOLERANCE:
                 self.say(
-                    f"sampling and scoring differ by {run.sampler_gap:.1e} in a log-prob, more than "
-                    f"{SAMPLER_TOLERANCE}: old log-probs are scored again at every step"
+                    f"sampling and scoring differ by {run.sampler_gap:.1e} of the largest log-prob, more "
+                    f"than {SAMPLER_TOLERANCE}: old log-probs are scored again at every step"
                 )
         return given if run.sampler_gap <= SAMPLER_TOLERANCE else None

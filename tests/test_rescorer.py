@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from hfpg.algorithms import A2C, PPO, Reinforce
+from hfpg.learner import captured
 from hfpg.models import ActorCritic
 from tests import build, tiny
 
@@ -70,7 +72,18 @@ def test_a_sampler_that_differs_is_not_believed(tmp_path, capsys):
     trainer.collector.generator.__class__ = type("Off", (type(trainer.collector.generator),), {"__call__": off})
     metrics = trainer.train()
     assert metrics["sampler_gap"] == pytest.approx(1e-3, rel=0.05) and metrics["first_log_ratio_max"] < 1e-5
-    assert "sampling and scoring differ by 1.0e-03 in a log-prob" in capsys.readouterr().out
+    assert re.search(r"sampling and scoring differ by [\d.]+e-04 of the largest log-prob", capsys.readouterr().out)
+
+
+def test_rounding_that_grows_with_the_log_probs_is_believed(tmp_path, monkeypatch):
+    trainer = build.trainer(tmp_path)
+    samples, _ = trainer.collect()
+    far = torch.where(samples.completion_mask, samples.sampler_logprobs - 30, 0)
+    scored = captured(dataclasses.replace(samples, sampler_logprobs=far))
+    monkeypatch.setattr(trainer.learner, "score", lambda samples: scored)
+    for error in (2e-5, 2e-3):
+        found = trainer.learner.gap(dataclasses.replace(samples, sampler_logprobs=far + error))
+        assert found == pytest.approx(error / float(far.abs().max()), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -57,28 +57,32 @@ def gradient_of(matrix: Tensor) -> Tensor:
     return matrix.grad
 
 
-def look_up(matrix: Float[Tensor, "V H"], ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape H"]:
-    """Rows of a matrix, as `torch.nn.functional.embedding`."""
+def look_up(
+    matrix: Float[Tensor, "V H"], ids: Int[Tensor, "*shape"], padding_idx: int | None = None
+) -> Float[Tensor, "*shape H"]:
+    """Rows of a matrix, as `torch.nn.functional.embedding`, which gives row `padding_idx` no gradient."""
     if is_direct(matrix) and torch.is_grad_enabled():
-        return _LookUp.apply(matrix, ids)
-    return torch.nn.functional.embedding(ids, matrix)
+        return _LookUp.apply(matrix, ids, padding_idx)
+    return torch.nn.functional.embedding(ids, matrix, padding_idx)
 
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         """The rows."""
-        ctx.matrix = matrix
+        ctx.matrix, ctx.padding_idx = matrix, padding_idx
         ctx.save_for_backward(ids)
         return torch.nn.functional.embedding(ids, matrix)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         """Adds to the matrix's gradient; autograd has nothing to do."""
         (ids,) = ctx.saved_tensors
+        if ctx.padding_idx is not None:
+            gradient = gradient.masked_fill((ids == ctx.padding_idx)[..., None], 0)
         gradient_of(ctx.matrix).index_add_(0, ids.flatten(), gradient.flatten(0, -2))
-        return None, None
+        return None, None, None
 
 
 def _suits(x: Tensor) -> bool:

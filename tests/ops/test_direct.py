@@ -14,19 +14,20 @@ from hfpg.ops.head import head_scores
 from tests import build, tiny
 
 
-def uses(matrix: torch.Tensor) -> torch.Tensor:
+def uses(matrix: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
     """A tied matrix, looked up and multiplied with."""
     ids, tokens = torch.tensor([[1, 2, 2], [0, 1, 1]]), torch.tensor([3, 0, 1, 2, 2, 0])
-    hidden = look_up(matrix, ids).tanh().flatten(0, 1)
+    hidden = look_up(matrix, ids, padding_idx).tanh().flatten(0, 1)
     return (head_scores(hidden, matrix, None, tokens, 0.7)[0] * torch.arange(6)).sum()
 
 
-def test_both_uses_of_a_tied_matrix_add_up():
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_both_uses_of_a_tied_matrix_add_up(padding_idx):
     matrix = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    (wanted,) = torch.autograd.grad(uses(matrix), matrix)
+    (wanted,) = torch.autograd.grad(uses(matrix, padding_idx), matrix)
     for times in (1, 2):  # into a fresh gradient, and on top of one
         with adding_to(matrix):
-            loss = uses(matrix)
+            loss = uses(matrix, padding_idx)
         loss.backward()
         torch.testing.assert_close(matrix.grad, times * wanted)
 
@@ -78,7 +79,7 @@ def test_the_learners_gradient_is_the_same(kind, value, monkeypatch):
         by = build.learner(copy.deepcopy(start), max_tokens_per_micro_batch=60)
         if not direct:
             monkeypatch.setattr(by.actor, "large_matrices", lambda: [])
-        elif kind in ("gpt2", "llama", "qwen2"):
+        elif kind in ("gpt2", "llama", "qwen2", "opt"):  # OPT's embedding has a padding_idx
             assert by.actor.takes_embeddings and by.actor.large_matrices()
         rollout, credit = build.rollout_of(build.draw(by.actor), by)
         by.gradient(rollout, credit, PPO().loss, "token_mean")
