@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from hfpg.ops.product import available
 from tests.benchmarks import hfpg_side, step, table, trl_side
 from tests.benchmarks.figures import ratios, rounded, said, summary
 from tests.benchmarks.floor import Rates, Weights, fastest, floor, matrix_weights, product_rate, products
@@ -47,6 +49,18 @@ def test_hfpg_alone_has_ppo(tmp_path: Path) -> None:
     run = hfpg_side.run(work, model_folder("T", "ragged", tmp_path))
     check(work, run)
     assert 4 * work.samples <= run.laps[1].prompt_tokens <= 64 * work.samples
+
+
+def test_hfpg_multiplies_by_torch_where_it_is_asked_to(tmp_path: Path) -> None:
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(available())
+
+    for products in ("torch", "onednn"):
+        hfpg_side.run(toy("--products", products), model_folder("T", "fixed", tmp_path), callbacks=[Look()])
+    assert seen == [False, False, True, True]
 
 
 def test_a_side_that_did_other_work_is_refused() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfpg
@@ -82,7 +83,8 @@ def run(work: Work, folder: Path, watch: Stopwatch | None = None, callbacks: Seq
         peak[0] = memory_mb("VmHWM")
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as output, torch_phases(meter.watch):
+    onednn = torch.backends.mkldnn.flags(enabled=work.products == "onednn")
+    with tempfile.TemporaryDirectory() as output, torch_phases(meter.watch), onednn:
         trainer = Timed(
             end_lap,
             model=model,

@@ -52,6 +52,7 @@ class Work:
     kl_coef: float = 0.05
     learning_rate: float = 1e-9  # so small that the law of the lengths stays what it is
     trainable_layers: int | None = None  # hfpg alone: only so many layers at the top learn
+    products: Literal["onednn", "torch"] = "onednn"  # hfpg alone: whose matrix products
     threads: int = 1
     steps: int = 3  # measured; one more before them is warm-up
     seed: int = 0
@@ -85,6 +86,7 @@ class Work:
         critic = f", {self.value} critic" if self.algorithm == "ppo" else ""
         law = f"{self.completions} " if self.model in ARCHITECTURES else ""
         part = "" if self.trainable_layers is None else f", top {self.trainable_layers} layers"
+        part += "" if self.products == "onednn" else ", torch's products"
         prompts = self.prompt_length if self.prompts == "fixed" else "{}–{}".format(*RAGGED_PROMPTS)
         return (
             f"{self.algorithm.upper()}{critic}, {self.model}{part}, {law}completions ≤ {self.completion_length}, "
@@ -103,6 +105,7 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     add("--completions", choices=("ragged", "fixed"), default="ragged", help="EOS now and then, or never; S, M, T.")
     add("--prompts", choices=("fixed", "ragged"), default="fixed", help="16 tokens each, or 4 to 64.")
     add("--value", choices=("shared", "separate"), default="shared", help="hfpg's critic in PPO; TRL's is separate.")
+    add("--products", choices=("onednn", "torch"), default="onednn", help="Matrix products of hfpg.")
     add("--threads", type=int, default=1)
     add("--steps", type=int, default=3, help="Measured steps; one more before them is warm-up.")
     add("--seed", type=int, default=0)
