@@ -58,8 +58,8 @@ def test_hfpg_multiplies_by_torch_where_it_is_asked_to(tmp_path: Path) -> None:
         def on_step_end(self, *args, **kwargs):
             seen.append(available())
 
-    for products in ("torch", "onednn"):
-        hfpg_side.run(toy("--products", products), model_folder("T", "fixed", tmp_path), callbacks=[Look()])
+    for whose in ("torch", "onednn"):
+        hfpg_side.run(toy("--products", whose), model_folder("T", "fixed", tmp_path), callbacks=[Look()])
     assert seen == [False, False, True, True]
 
 
