@@ -112,6 +112,9 @@ class TrainConfig:
     trust_sampler: bool = field(
         True, "Old log-probs are those of sampling, where the first step shows that scoring gives the same (fp32)."
     )
+    use_liger_kernel: bool = field(
+        False, "Fused norms, rotary embeddings and MLPs of liger-kernel; on a GPU, for the models that it knows."
+    )
     bf16: bool = field(False, "bfloat16 autocast (needs hardware that has it). Log-probs stay fp32.")
     use_cpu: bool = field(False, "Stay on the CPU even when there is an accelerator.")
     torch_threads: int | None = field(None, "CPU threads per process. Default: all cores, shared by the processes.")

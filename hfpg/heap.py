@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 NEVER = 2**31 - 1  # the largest that mallopt takes
-LARGEST = 1 << 30  # blocks below come from the heap
+LARGEST = 1 << 27  # bytes: blocks below come from the heap; an embedding of GPT-2 small, 154 MB, does not
 
 
 def keep_freed_memory() -> bool:
@@ -23,7 +22,9 @@ def keep_freed_memory() -> bool:
     Does nothing without glibc, or where the user has set malloc's thresholds or tunables.
     """
     theirs = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if theirs or platform.libc_ver()[0] != "glibc":
+    if theirs or os.name != "posix":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(mallopt(M_MMAP_THRESHOLD, LARGEST))
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST))

@@ -11,16 +11,17 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 from transformers import get_scheduler
 
 from hfpg.config import TrainConfig, require
 from hfpg.linear import onednn_linears
+from hfpg.micro_batches import R, balance, clip_columns, micro_batches, model_inputs, trim
 from hfpg.models import ActorCritic, Reference
 from hfpg.ops.direct import adding_to, keeping_blocks
 from hfpg.ops.keyed import permutation
@@ -31,8 +32,6 @@ from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
 
 
 LossFunction = Callable[[Scored, Rollout, Estimates], TokenLoss]
-R = TypeVar("R", Samples, Rollout)
-E = TypeVar("E", Samples, Rollout, Estimates)
 Trained = Literal["all", "value"]
 
 
@@ -386,57 +385,6 @@ def parameter_groups(actor: ActorCritic, args: TrainConfig) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def model_inputs(rows: Samples | Rollout, temperature: float) -> dict[str, Any]:
-    """The arguments of `ActorCritic.forward`."""
-    return {
-        "prompt_ids": rows.prompt_ids,
-        "prompt_mask": rows.prompt_mask,
-        "completion_ids": rows.completion_ids,
-        "completion_mask": rows.completion_mask,
-        "temperature": temperature,
-        "kept": rows.kept,
-        "prompt_states": getattr(rows, "prompt_states", None),
-        "completion_states": getattr(rows, "completion_states", None),
-    }
-
-
-def trim(rows: R) -> R:
-    """The same rows without the prompt columns and the completion columns that are padding in all of them."""
-    prompt = max(1, int(rows.prompt_mask.sum(1).max()))
-    completion = max(1, int(extent(rows.completion_mask).max()))
-    return clip_columns(rows, completion, prompt)
-
-
-def clip_columns(rows: E, completion: int, prompt: int | None = None) -> E:
-    """Every [B, C, …] field cut to `completion` columns and, if given, prompts to their last `prompt` columns."""
-
-    def cut(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return value
-        if name.startswith("prompt_"):
-            return value if prompt is None else value[:, -prompt:]
-        return value[:, :completion]
-
-    return type(rows)(**{name: cut(name, getattr(rows, name)) for name in type(rows).__dataclass_fields__})
-
-
-def micro_batches(prompt: Int[Tensor, " N"], completion: Int[Tensor, " N"], max_tokens: int) -> list[Tensor]:
-    """Rows sorted by length and cut into batches whose padded size is at most `max_tokens` (one row at least)."""
-    order = torch.argsort(prompt + completion, stable=True).tolist()
-    sizes = list(zip(prompt.tolist(), completion.tolist(), strict=True))
-    batches: list[list[int]] = []
-    width = (0, 0)
-    for row in order:
-        wider = (max(width[0], sizes[row][0]), max(width[1], sizes[row][1]))
-        if batches and sum(wider) * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(row)
-            width = wider
-        else:
-            batches.append([row])
-            width = sizes[row]
-    return [torch.tensor(batch) for batch in batches]
-
-
 def at_least_single(x: Tensor) -> Tensor:
     """In float32, or in its own dtype where that is more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -447,16 +395,3 @@ def captured(samples: Samples | Rollout) -> OldScores | None:
     if samples.sampler_logprobs is None or samples.sampler_entropy is None:
         return None
     return OldScores(samples.sampler_logprobs, samples.sampler_entropy, None, samples.sampler_values, None)
-
-
-def balance(lengths: Int[Tensor, " N"], world: int) -> list[Tensor]:
-    """Rows dealt to `world` ranks so that their tokens are about even: longest first, each to the lightest rank."""
-    if world == 1:
-        return [torch.arange(len(lengths))]
-    loads = [0] * world
-    dealt: list[list[int]] = [[] for _ in range(world)]
-    for row in torch.argsort(lengths, descending=True, stable=True).tolist():
-        rank = loads.index(min(loads))
-        dealt[rank].append(row)
-        loads[rank] += int(lengths[row])
-    return [torch.tensor(sorted(rows), dtype=torch.long) for rows in dealt]

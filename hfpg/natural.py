@@ -17,7 +17,8 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from hfpg.config import require
-from hfpg.learner import Learner, LossFunction, clip_columns, model_inputs, trim
+from hfpg.learner import Learner, LossFunction
+from hfpg.micro_batches import clip_columns, model_inputs, trim
 from hfpg.models import ActorCritic
 from hfpg.ops.masked import token_coefficients
 from hfpg.ops.trust_region import (

@@ -12,7 +12,8 @@ import torch
 from hfpg.checkpoint import RunState
 from hfpg.distributed import gather_rows
 from hfpg.generation.hf import HFGenerator
-from hfpg.learner import Learner, OldScores, balance, captured
+from hfpg.learner import Learner, OldScores, captured
+from hfpg.micro_batches import balance
 from hfpg.pretrained import causal_lm
 from hfpg.report.clock import Clock
 from hfpg.types import Rollout, Samples, Scores

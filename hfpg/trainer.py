@@ -26,13 +26,15 @@ from hfpg.checkpoint import (
     set_aside,
 )
 from hfpg.collector import Collector
-from hfpg.config import GuardStop, TrainConfig, require
+from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, share, step_ends
 from hfpg.distributed import launch, raise_together
 from hfpg.events import Events
 from hfpg.frozen import freeze_below
 from hfpg.generation.hf import HFGenerator
+from hfpg.guards import Guards
 from hfpg.interrupt import saving_first
+from hfpg.kernels import check_liger, use_liger
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.pretrained import is_peft, load_config, load_policy
@@ -44,10 +46,9 @@ from hfpg.report.floor import Floor
 from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
-from hfpg.report.watch import CONSTANT_STEPS, IN_A_ROW, Column, Constant, Watch, constant, seen
+from hfpg.report.watch import IN_A_ROW, Column, Watch, seen
 from hfpg.rescorer import Rescorer
 from hfpg.rewards import Judge
-from hfpg.rewards.check import look
 from hfpg.rewards.judge import beside
 from hfpg.types import Prompts, Rollout, Samples, Scores
 
@@ -93,104 +94,24 @@ class PolicyGradientTrainer:
         args = TrainConfig() if args is None else args
         preflight.check_namespace(algorithm)
         self.accelerator = launch(args)
-        preflight.check_batch(args, algorithm, self.accelerator.num_processes)
-        if hasattr(algorithm, "check_run"):
-            algorithm.check_run(dataclasses.replace(args, bf16=self.accelerator.mixed_precision == "bf16"))
-        if args.push_to_hub:
-            preflight.check_hub(args, self.accelerator)
-        load: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
-        config = load_config(model, **load)
-        self.processing_class = preflight.load_tokenizer(model, processing_class, args)
-        self.train_data = self._data(train_dataset, args, config)
-        preflight.check_data(self.train_data, args)
-        self.eval_data = None if eval_dataset is None else self._data(eval_dataset, args, config)
-        preflight.check_eval(self.eval_data, args, self.accelerator.num_processes)
-        ends = None if args.step_marker is None else partial(step_ends, self.processing_class, args.step_marker)
-        self.judge = Judge(
-            reward_funcs,
-            args.reward_weights,
-            reward_processing_classes,
-            self.accelerator.device,
-            on_error=args.reward_on_error,
-            step_ends=ends,
-        )
-        said = preflight.dry_calls(self.judge, self.train_data, self.eval_data, self.processing_class)
-        preflight.check_keep_best(args, algorithm, self.judge, said.logged)
-        if getattr(algorithm, "extra_baseline", None) == "input":
-            preflight.check_input_baseline(self.judge, self.train_data)
-        self.model_name = preflight.name_of(model)
-        self.output_dir = preflight.prepare_output_dir(args, algorithm, self.model_name, self.accelerator)
-        self.occupied = bool(preflight.left_by_a_run(self.output_dir))
-        self.args = args = dataclasses.replace(args, output_dir=str(self.output_dir))
-        find_checkpoint(args.resume_from_checkpoint, self.output_dir)  # refuses a path that is no checkpoint
-
-        policy = load_policy(model, peft_config=peft_config, **load).to(self.accelerator.device)
-        if args.trainable_layers is not None:
-            freeze_below(policy, args.trainable_layers)
-        actor = ActorCritic(policy, algorithm.value)
-        preflight.check_vocabulary(self.processing_class, actor.vocabulary, args.stop_token_ids)
-        self.value_head_from = find_value_head(model, algorithm.value, args.model_revision)
-        if self.value_head_from is not None:
-            load_value_head(actor, self.value_head_from)
+        self.algorithm, self.args = algorithm, args
+        self._check_settings()
+        self._pretrained: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+        self._read_data(model, processing_class, train_dataset, eval_dataset)
+        self._meet_judge(reward_funcs, reward_processing_classes)
+        self._choose_folder(model)
         require(ref_model is None or algorithm.kl_coef > 0, "ref_model is given, but kl_coef=0 never asks it anything")
+        actor = self._load(model, peft_config)
         self.reference = Reference(actor, ref_model) if algorithm.kl_coef > 0 else None
-        self.algorithm = algorithm
         self.algorithm_state = algorithm.init()
-        self.learner = Learner(actor, self.accelerator, args, self.reference, on_event=self._event)
-        self.clock = Clock()
-        generator = generator or HFGenerator(
-            self.processing_class,
-            seed=args.seed,
-            max_completion_length=args.max_completion_length,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            stop_token_ids=args.stop_token_ids,
-            stop_strings=args.stop_strings,
-            generation_kwargs=args.generation_kwargs,
-            max_tokens=4 * args.max_tokens_per_micro_batch,
-            value_head=actor.value if actor.value_kind == "shared" else None,
-        )
-        preflight.check_generator(generator, algorithm)
-        self.collector = Collector(
-            self.learner, algorithm, generator, self.judge, self.processing_class, self.clock, lambda: self.state
-        )
-        self.events = Events(
-            args,
-            callbacks,
-            model=policy,
-            processing_class=self.processing_class,
-            learner=self.learner,
-        )
         self.run = RunState()
-        self.accelerator.project_configuration.set_directories(str(self.output_dir))
-        self.recorder = Recorder(self.output_dir, self.accelerator, args.run_name or self.output_dir.name)
-        self.terminal = Terminal(args.max_steps, plain=args.disable_tqdm, quiet=not self.accelerator.is_main_process)
-        self.rescorer = Rescorer(
-            self.learner, algorithm, lambda: self.generator, self.clock, lambda: self.run, self.terminal.say
-        )
-        self.floor = Floor(actor, self.accelerator, getattr(algorithm, "epochs", 1), self.reference is not None)
-        self.replay = Replay(getattr(algorithm, "replay", 0), self.terminal.say)
+        self._connect(actor, generator, callbacks)
         self.evaluations: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self.seconds = 0.0  # spent in the loop
-        self._without_step = 0
         self._saved_step = -1
         self._claimed = False  # the run's folder is ours to write in: fresh, or resumed
-        self._unseen = True  # nobody has looked at a score yet
-        self._dropped = False  # it was said that failures drop completions
-        self._constant: Constant = {}  # reward functions that tell nothing apart
         self._updating = False
-
-    def _data(self, dataset: Any, args: TrainConfig, config: Any) -> PromptData:
-        return PromptData(
-            dataset,
-            self.processing_class,
-            prompt_column=args.prompt_column,
-            max_completion_length=args.max_completion_length,
-            context=preflight.context_length(config),
-            overlong=args.overlong_prompts,
-        )
 
     # ── the page ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,7 +157,7 @@ class PolicyGradientTrainer:
             metrics["explained_variance"] = explained_variance(used, estimates)
         left_out = bool(rollout.weights.any()) and not bool(used.weights.any())  # all scores equal: nothing to learn
         failed = metrics.get("skipped_steps", 0.0) or metrics.get("kl_stops", 0.0)
-        self._stop_if_stuck(bool(failed) and not metrics["optimizer_steps"] and not left_out)
+        self.guards.update(bool(failed) and not metrics["optimizer_steps"] and not left_out)
         return metrics
 
     def _with_stored(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
@@ -246,14 +167,6 @@ class PolicyGradientTrainer:
         rollout = dataclasses.replace(rollout, behaviour_logprobs=rollout.sampler_logprobs)
         together, metrics = self.replay.add_to(rollout, self.rescorer.again)
         return together, metrics
-
-    def _stop_if_stuck(self, failed: bool) -> None:
-        self._without_step = self._without_step + 1 if failed else 0
-        if self._without_step >= 3:
-            raise GuardStop(
-                "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "
-                "look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
-            )
 
     def collect(self) -> tuple[Samples, Scores]:
         """This rank's samples of the next prompts, and what the judge says of them. The same again until `step`."""
@@ -280,7 +193,7 @@ class PolicyGradientTrainer:
         Returns `eval_*` metrics: those of a rollout (see docs/glossary.md), `eval_distinct_2` (token bigrams) and
         `eval_top_bigram_share` (share of texts with the most frequent word bigram).
         """
-        data = self.eval_data if dataset is None else self._data(dataset, self.args, self.learner.actor.policy.config)
+        data = self.eval_data if dataset is None else self._data(dataset, self.learner.actor.policy.config)
         require(data is not None, "evaluate needs held-out prompts; give the trainer an eval_dataset")
         assert data is not None
         preflight.check_eval(data, self.args, self.accelerator.num_processes)
@@ -350,9 +263,7 @@ class PolicyGradientTrainer:
         metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
         metrics.update(beside(metrics, self.collector.said["metrics"]))
-        if self._unseen:
-            self._unseen = False
-            self._say_what_is_suspicious(rollout)
+        self.guards.first_scores(rollout, self.processing_class)
         self.terminal.step(step, metrics)
         if self.control.should_log:
             self.recorder.metrics(step, metrics)
@@ -362,33 +273,7 @@ class PolicyGradientTrainer:
             self.recorder.completions(records(step, rows, self.collector.said["extra"]))
             if count:
                 self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
-        self._watch_scores()
-
-    def _watch_scores(self) -> None:
-        """Say it when failures drop completions; say it, and end the run if asked, when scores tell nothing apart."""
-        said, limit = self.collector.said, self.args.stop_constant
-        if said["errors"] and not self._dropped:
-            self._dropped = True
-            count = f"{len(said['errors'])} of {said['rows']} completions of this step"
-            self.terminal.say(f"warning: {count} were dropped; the first: {said['errors'][0]} (watch `dropped`)")
-        self._constant = constant(self._constant, said["by_function"])
-        flat = [f"reward function {name!r} gave every completion {v:g}" for name, (v, _) in self._constant.items()]
-        for text, (_, steps) in zip(flat, self._constant.values(), strict=True):
-            if steps == CONSTANT_STEPS:
-                self.terminal.say(f"warning: {text}, {steps} steps in a row: nothing can be learnt from it")
-        scoring = [n for n, weight in zip(self.judge.names, self.judge.weights, strict=True) if weight]
-        if limit and all(self._constant.get(name, (0.0, 0))[1] >= limit for name in scoring):
-            raise GuardStop(
-                f"stop_constant={limit} steps in a row taught nothing: {'; '.join(flat)}. Look at the judge with "
-                "`hfpg reward check`, or sample more widely (temperature, num_generations)"
-            )
-
-    def _say_what_is_suspicious(self, rollout: Rollout) -> None:
-        """What the first step's scores already tell about the judge; see `hfpg reward check`."""
-        texts: list[Any] = [completion for _, completion, _ in shown(rollout, self.processing_class)]
-        lengths = rollout.completion_mask.sum(1)
-        for text in look(rollout.scores, rollout.weights, lengths, texts, rollout.group_ids).warnings():
-            self.terminal.say(f"note on the reward: {text}")
+        self.guards.scores(self.collector.said)
 
     def evaluate_if_due(self) -> None:
         """Evaluate when a callback or `eval_steps` asks for it."""
@@ -497,6 +382,109 @@ class PolicyGradientTrainer:
             bool(self.evaluations), "summary needs an evaluation; call trainer.evaluate() before and after train()"
         )
         self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), prompts)
+
+    # ── before the loop: what can be refused is refused before the model loads ─────────────────────────────────────
+
+    def _check_settings(self) -> None:
+        args, algorithm = self.args, self.algorithm
+        preflight.check_batch(args, algorithm, self.accelerator.num_processes)
+        if hasattr(algorithm, "check_run"):
+            algorithm.check_run(dataclasses.replace(args, bf16=self.accelerator.mixed_precision == "bf16"))
+        if args.push_to_hub:
+            preflight.check_hub(args, self.accelerator)
+
+    def _read_data(self, model: Any, processing_class: Any, train_dataset: Any, eval_dataset: Any) -> None:
+        config = load_config(model, **self._pretrained)
+        if self.args.use_liger_kernel:
+            check_liger(config, self.accelerator.device)
+        self.processing_class = preflight.load_tokenizer(model, processing_class, self.args)
+        self.train_data = self._data(train_dataset, config)
+        preflight.check_data(self.train_data, self.args)
+        self.eval_data = None if eval_dataset is None else self._data(eval_dataset, config)
+        preflight.check_eval(self.eval_data, self.args, self.accelerator.num_processes)
+
+    def _data(self, dataset: Any, config: Any) -> PromptData:
+        return PromptData(
+            dataset,
+            self.processing_class,
+            prompt_column=self.args.prompt_column,
+            max_completion_length=self.args.max_completion_length,
+            context=preflight.context_length(config),
+            overlong=self.args.overlong_prompts,
+        )
+
+    def _meet_judge(self, reward_funcs: Any, reward_processing_classes: Any) -> None:
+        args, marker = self.args, self.args.step_marker
+        self.judge = Judge(
+            reward_funcs,
+            args.reward_weights,
+            reward_processing_classes,
+            self.accelerator.device,
+            on_error=args.reward_on_error,
+            step_ends=None if marker is None else partial(step_ends, self.processing_class, marker),
+        )
+        said = preflight.dry_calls(self.judge, self.train_data, self.eval_data, self.processing_class)
+        preflight.check_keep_best(args, self.algorithm, self.judge, said.logged)
+        if getattr(self.algorithm, "extra_baseline", None) == "input":
+            preflight.check_input_baseline(self.judge, self.train_data)
+
+    def _choose_folder(self, model: Any) -> None:
+        self.model_name = preflight.name_of(model)
+        self.output_dir = preflight.prepare_output_dir(self.args, self.algorithm, self.model_name, self.accelerator)
+        self.occupied = bool(preflight.left_by_a_run(self.output_dir))
+        self.args = dataclasses.replace(self.args, output_dir=str(self.output_dir))
+        find_checkpoint(self.args.resume_from_checkpoint, self.output_dir)  # refuses a path that is no checkpoint
+
+    def _load(self, model: Any, peft_config: Any) -> ActorCritic:
+        args, value = self.args, self.algorithm.value
+        policy = load_policy(model, peft_config=peft_config, **self._pretrained).to(self.accelerator.device)
+        if args.use_liger_kernel:
+            use_liger(policy)
+        if args.trainable_layers is not None:
+            freeze_below(policy, args.trainable_layers)
+        actor = ActorCritic(policy, value)
+        preflight.check_vocabulary(self.processing_class, actor.vocabulary, args.stop_token_ids)
+        self.value_head_from = find_value_head(model, value, args.model_revision)
+        if self.value_head_from is not None:
+            load_value_head(actor, self.value_head_from)
+        return actor
+
+    def _connect(self, actor: ActorCritic, generator: Any, callbacks: Any) -> None:
+        """Make the parts of the page, each with what it needs of the others."""
+        args, algorithm, tokenizer = self.args, self.algorithm, self.processing_class
+        self.learner = Learner(actor, self.accelerator, args, self.reference, on_event=self._event)
+        self.clock = Clock()
+        generator = generator or self._sampler(actor)
+        preflight.check_generator(generator, algorithm)
+        self.collector = Collector(
+            self.learner, algorithm, generator, self.judge, tokenizer, self.clock, lambda: self.state
+        )
+        self.events = Events(args, callbacks, model=actor.policy, processing_class=tokenizer, learner=self.learner)
+        self.accelerator.project_configuration.set_directories(str(self.output_dir))
+        self.recorder = Recorder(self.output_dir, self.accelerator, args.run_name or self.output_dir.name)
+        self.terminal = Terminal(args.max_steps, plain=args.disable_tqdm, quiet=not self.accelerator.is_main_process)
+        say = self.terminal.say
+        self.rescorer = Rescorer(self.learner, algorithm, lambda: self.generator, self.clock, lambda: self.run, say)
+        self.floor = Floor(actor, self.accelerator, getattr(algorithm, "epochs", 1), self.reference is not None)
+        self.replay = Replay(getattr(algorithm, "replay", 0), say)
+        scoring = [name for name, weight in zip(self.judge.names, self.judge.weights, strict=True) if weight]
+        self.guards = Guards(args.stop_constant, scoring, say)
+
+    def _sampler(self, actor: ActorCritic) -> HFGenerator:
+        args = self.args
+        return HFGenerator(
+            self.processing_class,
+            seed=args.seed,
+            max_completion_length=args.max_completion_length,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            stop_token_ids=args.stop_token_ids,
+            stop_strings=args.stop_strings,
+            generation_kwargs=args.generation_kwargs,
+            max_tokens=4 * args.max_tokens_per_micro_batch,
+            value_head=actor.value if actor.value_kind == "shared" else None,
+        )
 
     # ── around the loop ────────────────────────────────────────────────────────────────────────────────────────────
 

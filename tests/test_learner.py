@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from hfpg.algorithms import GRPO, PPO
 from hfpg.config import TrainConfig
-from hfpg.learner import balance, micro_batches, parameter_groups
+from hfpg.learner import parameter_groups
+from hfpg.micro_batches import balance, micro_batches
 from hfpg.models import ActorCritic
 from hfpg.types import TokenLoss
 from tests import build, tiny

@@ -1,0 +1,75 @@
+"""What is said of a step's scores, and what ends a run that learns nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hfpg.config import GuardStop
+from hfpg.report.completions import shown
+from hfpg.report.watch import CONSTANT_STEPS, Constant, constant
+from hfpg.rewards.check import look
+from hfpg.types import Rollout
+
+
+STUCK_STEPS = 3  # in a row without a change of the policy, before the run ends
+
+
+class Guards:
+    """Watches a run, step by step.
+
+    Args:
+        stop_constant: ends the run after so many steps in which no judge told completions apart; 0: never.
+        scoring: names of the reward functions whose weight is not 0.
+        say: where warnings go.
+    """
+
+    def __init__(self, stop_constant: int, scoring: Sequence[str], say: Callable[[str], None]):
+        self.stop_constant, self.scoring, self.say = stop_constant, scoring, say
+        self.looked = False  # at a step's scores
+        self.said_dropped = False
+        self.constant: Constant = {}  # reward functions that tell nothing apart
+        self.stuck = 0  # steps in a row
+
+    def first_scores(self, rollout: Rollout, tokenizer: Any) -> None:
+        """Say what the run's first scores already tell about the judge; see `hfpg reward check`."""
+        if self.looked:
+            return
+        self.looked = True
+        texts: list[Any] = [completion for _, completion, _ in shown(rollout, tokenizer)]
+        lengths = rollout.completion_mask.sum(1)
+        for text in look(rollout.scores, rollout.weights, lengths, texts, rollout.group_ids).warnings():
+            self.say(f"note on the reward: {text}")
+
+    def scores(self, said: Mapping[str, Any]) -> None:
+        """Say it when failures drop completions, and when scores tell nothing apart.
+
+        Args:
+            said: what the collector keeps of the judge's answer: `errors`, `rows`, `by_function`.
+        Raises:
+            GuardStop: for `stop_constant` steps every function that counts gave every completion the same.
+        """
+        if said["errors"] and not self.said_dropped:
+            self.said_dropped = True
+            count = f"{len(said['errors'])} of {said['rows']} completions of this step"
+            self.say(f"warning: {count} were dropped; the first: {said['errors'][0]} (watch `dropped`)")
+        self.constant = constant(self.constant, said["by_function"])
+        flat = [f"reward function {name!r} gave every completion {v:g}" for name, (v, _) in self.constant.items()]
+        for text, (_, steps) in zip(flat, self.constant.values(), strict=True):
+            if steps == CONSTANT_STEPS:
+                self.say(f"warning: {text}, {steps} steps in a row: nothing can be learnt from it")
+        limit = self.stop_constant
+        if limit and all(self.constant.get(name, (0.0, 0))[1] >= limit for name in self.scoring):
+            raise GuardStop(
+                f"stop_constant={limit} steps in a row taught nothing: {'; '.join(flat)}. Look at the judge with "
+                "`hfpg reward check`, or sample more widely (temperature, num_generations)"
+            )
+
+    def update(self, failed: bool) -> None:
+        """GuardStop when the updates of STUCK_STEPS steps in a row failed."""
+        self.stuck = self.stuck + 1 if failed else 0
+        if self.stuck >= STUCK_STEPS:
+            raise GuardStop(
+                "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "
+                "look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
+            )
