@@ -1,6 +1,6 @@
 """liger-kernel's layers: refused where they could do nothing, and put in before anything looks at the model.
 
-The package needs a GPU (or Triton's interpreter, see docs/log.md), so a module of the same shape stands for it here.
+The package needs a GPU (Triton's interpreter would not do, see docs/log.md): a module of the same shape stands for it.
 """
 
 from __future__ import annotations
