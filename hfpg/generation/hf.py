@@ -181,8 +181,8 @@ class HFGenerator:
 def most_rows(lm: PreTrainedModel, rows: int) -> int:
     """Rows of one call, so that calls are of even size and a step's logits stay in memory that is used again.
 
-    On the CPU, glibc hands blocks above 32 MB back to the system, and fresh pages are slow. Matrix products want 64
-    rows all the same.
+    On the CPU, glibc hands blocks above 32 MB back to the system, and fresh pages are slow, unless `hfpg.heap` says
+    otherwise. Matrix products want 64 rows all the same.
     """
     if lm.device.type != "cpu":
         return rows

@@ -24,7 +24,7 @@ from hfpg.ops.product import add_product, inner_product, product
 
 CHUNK_BYTES = 8 << 20  # of logits made at a time, all chunks of one size: blocks of many sizes fragment the heap
 FEWEST_TOKENS = 128  # in a chunk, or its products are slow …
-LARGEST_BYTES = 30 << 20  # … but no larger than this: glibc gives blocks above 32 MB back, and fresh pages are slow
+LARGEST_BYTES = 30 << 20  # … but no larger than this: by default glibc gives back what is above 32 MB
 KEPT_BYTES = 32 << 20  # of chunks that stay for the backward pass
 GRAIN = 32  # tokens: of larger batches the number is made up to a multiple
 
