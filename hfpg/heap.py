@@ -1,7 +1,7 @@
 """Freed memory that stays with the process.
 
 By default glibc returns the top of the heap, and every block above its mmap threshold, to the system as soon as they
-are free, and the next micro-batch pays for fresh pages: an eighth of a step of GPT-2 small, a fifth of one of
+are free, and the next micro-batch pays for fresh pages: 3 to 13 % of a step of GPT-2 small, a sixth of one of
 SmolLM2-135M (docs/performance.md). The peak is that of before.
 """
 

@@ -330,7 +330,7 @@ def test_dapo_is_the_same_whatever_the_micro_batches():  # house: asserts inside
     ("loss_type", "aggregation"), [("grpo", "sequence_mean"), ("dapo", "token_mean"), ("dr_grpo", "constant")]
 )
 @pytest.mark.parametrize("on_policy", [False, True])
-def test_trl_multiplies_k3_by_the_ratio(loss_type: str, aggregation: Any, on_policy: bool):
+def test_trl_multiplies_k3_by_the_ratio(loss_type, aggregation, on_policy):  # house: asserts inside what it calls
     """TRL's default, use_bias_correction_kl: β ρ k3, whose gradient is β ρ δ; hfpg's k3 is plain, β (1 − e^−δ)."""
     world, beta = case(on_policy), 0.3
     theirs, ours = trl(world, loss_type=loss_type, beta=beta), hfpg(world, GRPO(aggregation=aggregation, **K3))
@@ -351,7 +351,7 @@ def test_trls_kl_gradient_at_ratio_1_is_that_of_k2():  # house: asserts inside w
 @pytest.mark.parametrize(
     ("loss_type", "aggregation"), [("grpo", "sequence_mean"), ("dr_grpo", "constant"), ("luspo", "sequence_sum")]
 )
-def test_trls_entropy_bonus_is_a_token_mean_whatever_the_loss_type(loss_type: str, aggregation: Any):
+def test_trls_entropy_bonus_is_a_token_mean_whatever_the_loss_type(loss_type, aggregation):  # house: close asserts
     """hfpg aggregates it as it does the loss, so that entropy_coef is a price per token of that loss."""
     world, coef = case(), 0.2
     theirs = trl(world, loss_type=loss_type, entropy_coef=coef)
@@ -366,7 +366,7 @@ def test_trls_entropy_bonus_is_a_token_mean_whatever_the_loss_type(loss_type: st
 
 
 @pytest.mark.parametrize(("loss_type", "aggregation"), [("grpo", "sequence_mean"), ("dapo", "token_mean")])
-def test_trl_keeps_rows_without_a_score_in_the_denominator(loss_type: str, aggregation: Any):
+def test_trl_keeps_rows_without_a_score_in_the_denominator(loss_type, aggregation):  # house: close asserts
     """hfpg's row weight 0 takes them out of it: a step is not smaller because a judge was silent."""
     weights = torch.ones(16, dtype=torch.float64)
     weights[torch.tensor([0, 13])] = 0
@@ -429,7 +429,7 @@ def test_cispo_with_trls_default_cap_is_a_fifth_of_a_policy_gradient():
 
 
 @pytest.mark.parametrize(("loss_type", "aggregation"), [("sapo", "sequence_mean"), ("vespo", "token_mean")])
-def test_losses_without_a_counterpart_take_the_same_first_step(loss_type: str, aggregation: Any):
+def test_losses_without_a_counterpart_take_the_same_first_step(loss_type, aggregation):  # house: close asserts
     """SAPO's gate has slope 1 and VESPO's weight is 1 at ratio 1; after it hfpg has nothing like them."""
     algorithm = GRPO(kl_coef=0.0, aggregation=aggregation)
     first = case(on_policy=True)
