@@ -36,6 +36,7 @@ from hfpg.ops.logprobs import (
     score_in_chunks,
 )
 from hfpg.ops.packing import Layout, packed, padded
+from hfpg.parked import ParkedCopy
 from hfpg.pretrained import causal_lm, is_peft, load_policy, load_pretrained
 from hfpg.probes import (
     captured_head_input,
@@ -363,20 +364,23 @@ class Reference:
     """The frozen policy that KL is measured against: the model exactly as it was passed.
 
     With an adapter that does nothing yet, the policy itself with the adapter switched off (no second model in
-    memory); otherwise a frozen copy, or the `ref_model` given.
+    memory); otherwise a frozen copy, or the `ref_model` given; its weights are in a file of `folder` if that is given
+    (see `hfpg.parked`).
     """
 
-    def __init__(self, actor: ActorCritic, ref_model: Any = None):
+    def __init__(self, actor: ActorCritic, ref_model: Any = None, folder: Path | None = None):
         self.adapter_off = ref_model is None and is_peft(actor.policy) and self._adapter_is_inert(actor)
         self.shares_frozen = ref_model is None  # what does not learn is the same in both
+        self.copy: ParkedCopy | None = None
         if self.adapter_off:
             self.scorer = actor
             return
         # a copy also of a model that is given: it may be the policy itself, and it must not change
         given = actor.policy if ref_model is None else load_pretrained(ref_model)
         frozen = {id(p): p for p in given.parameters() if not p.requires_grad and ref_model is None}
-        policy = given if isinstance(ref_model, str) else copy.deepcopy(given, frozen)
-        self.scorer = ActorCritic(policy.to(next(actor.parameters()).device)).requires_grad_(False)
+        device = next(actor.parameters()).device
+        self.copy = ParkedCopy(given, frozen, folder if device.type == "cpu" else None)
+        self.scorer = ActorCritic(self.copy.module.to(device)).requires_grad_(False)
         require(
             self.scorer.vocabulary == actor.vocabulary,
             f"ref_model has {self.scorer.vocabulary} tokens and the policy {actor.vocabulary}; they must share one",
@@ -401,7 +405,10 @@ class Reference:
         if not self.shares_frozen:
             rows = rows | {"prompt_states": None, "completion_states": None}
         with self.off(), onednn_linears(self.scorer):
-            return self.scorer(**rows, with_values=False).logprobs
+            found: Tensor = self.scorer(**rows, with_values=False).logprobs
+        if self.copy is not None:
+            self.copy.let_go()
+        return found
 
 
 class Frozen:

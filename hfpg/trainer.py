@@ -102,7 +102,7 @@ class PolicyGradientTrainer:
         self._choose_folder(model)
         require(ref_model is None or algorithm.kl_coef > 0, "ref_model is given, but kl_coef=0 never asks it anything")
         actor = self._load(model, peft_config)
-        self.reference = Reference(actor, ref_model) if algorithm.kl_coef > 0 else None
+        self.reference = Reference(actor, ref_model, self.output_dir) if algorithm.kl_coef > 0 else None
         self.algorithm_state = algorithm.init()
         self.run = RunState()
         self._connect(actor, generator, callbacks)
