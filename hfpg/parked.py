@@ -8,9 +8,11 @@ as there is room, and let go right after. The file has no name and is gone with 
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +27,14 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 SMALLEST = 64 << 20  # bytes of weights that are worth a file: 21 MB less were lost in the heap's holes (docs/log.md)
+ROOM = 10  # times the file's size that must be free on the disk: checkpoints, three times the weights each, come first
 
 
 class ParkedCopy:
     """A frozen copy of a module, bit for bit, with its weights in a file.
 
     They are in memory where the system has no such mappings, where there are too few or they are not on a CPU, and
-    where the file cannot be made.
+    where the file cannot be made or would take room that checkpoints may need.
 
     Args:
         original: what is copied.
@@ -102,11 +105,13 @@ def _written(weights: Sequence[Tensor], places: Sequence[slice], folder: Path) -
 
     Its room on the disk is taken first: a disk that fills up later would end the process at a read.
     """
-    there = next(f for f in (folder, *folder.absolute().parents) if f.is_dir())
+    there, size = next(f for f in (folder, *folder.absolute().parents) if f.is_dir()), places[-1].stop
+    if (free := shutil.disk_usage(there).free) < ROOM * size:
+        raise OSError(errno.ENOSPC, f"{free} bytes are free, and {ROOM} times the {size} of the file should be")
     with tempfile.TemporaryFile(dir=there) as file:
-        os.posix_fallocate(file.fileno(), 0, places[-1].stop)
+        os.posix_fallocate(file.fileno(), 0, size)
         for p, at in zip(weights, places, strict=True):
             file.seek(at.start)
             file.write(p.detach().view(-1).view(torch.uint8).numpy().data)
         file.flush()
-        return mmap.mmap(file.fileno(), places[-1].stop, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
