@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from hfpg.config import TrainConfig, require
-from hfpg.linear import onednn_linears
+from hfpg.linear import onednn_linears, precise_head
 from hfpg.micro_batches import R, balance, clip_columns, micro_batches, model_inputs, trim
 from hfpg.models import ActorCritic, Reference
 from hfpg.ops.direct import adding_to, keeping_blocks
 from hfpg.ops.keyed import permutation
 from hfpg.ops.masked import Aggregation, extent, token_coefficients
 from hfpg.ops.packing import MORE, packed_batches, positions_of
+from hfpg.pretrained import causal_lm
 from hfpg.token_local import Slopes
 from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss
 
@@ -103,7 +104,7 @@ class Learner:
         times = 1 if samples.completion_ids.device.type == "cpu" else 4
         for rows in self.micro_batches(samples, times * self.args.max_tokens_per_micro_batch):
             inputs = model_inputs(trim(samples.take(rows)), self.args.temperature)
-            with self.accelerator.autocast(), onednn_linears(self.actor):
+            with self.accelerator.autocast(), self._own_products():
                 said = self._said(inputs, with_last_values, given)
             for name, values in said.items():
                 put(name, rows, values if name.endswith("_states") else at_least_single(values))
@@ -240,7 +241,7 @@ class Learner:
                 reference = self.reference if with_kl else None
                 slopes = Slopes(loss, part, credit, world * coefficients[rows, :width]) if token_local else None
                 # around the backward pass too: it makes parts of the forward again, which has to be the same one
-                with adding_to(*self._direct()), onednn_linears(self.actor):
+                with adding_to(*self._direct()), self._own_products():
                     new = self.model(**inputs, with_entropy=with_entropy, reference=reference, slopes=slopes)
                     token = loss(new, part, credit)
                     weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
@@ -293,6 +294,11 @@ class Learner:
         middle = len(batch) // 2
         halves = batch[:middle], batch[middle:]
         return [fits for half in halves for fits in self._fitting(rows, half, max_tokens)]
+
+    @contextlib.contextmanager
+    def _own_products(self) -> Iterator[None]:
+        with onednn_linears(self.actor), precise_head(causal_lm(self.actor.policy)):
+            yield
 
     def _direct(self) -> list[Tensor]:
         """Matrices whose gradient is added up in place: hooks, by which processes average theirs, would miss it."""

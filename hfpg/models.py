@@ -22,14 +22,14 @@ from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
 from hfpg.frozen import skipping, states_below
-from hfpg.linear import onednn_linears
+from hfpg.linear import onednn_linears, precise_head
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
 from hfpg.ops.direct import is_direct, look_up
 from hfpg.ops.head import SlopesOf, head_scores
 from hfpg.ops.kl import full as full_kl
 from hfpg.ops.logprobs import (
-    CHUNK_ELEMENTS,
     chosen_logprobs,
+    chunk_elements,
     entropy,
     kl_in_chunks,
     sampling_logits,
@@ -256,7 +256,8 @@ class ActorCritic(nn.Module):
         picked = None if kept is None else kept[mask]
         if is_plain(head, hidden):
             chosen = (tokens[mask], temperature, picked, with_entropy, slopes)
-            flat, spread = head_scores(hidden, head.weight, head.bias, *chosen)
+            with torch.autocast(hidden.device.type, enabled=False):
+                flat, spread = head_scores(hidden.to(head.weight.dtype), head.weight, head.bias, *chosen)
         else:
             flat, spread = score_in_chunks(
                 head, hidden, tokens[mask], self.vocabulary, temperature, picked, with_entropy
@@ -286,7 +287,7 @@ class ActorCritic(nn.Module):
         what the head read at all positions [B·T, H].
         """
         length = tokens.shape[1]
-        size = max(1, 4 * CHUNK_ELEMENTS // (self.vocabulary * (length + 1)))
+        size = max(1, 4 * chunk_elements(mask.device) // (self.vocabulary * (length + 1)))
 
         def score(rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
             part = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -404,7 +405,7 @@ class Reference:
         """log π_ref of given completions [B, C]; arguments as for `ActorCritic.forward`."""
         if not self.shares_frozen:
             rows = rows | {"prompt_states": None, "completion_states": None}
-        with self.off(), onednn_linears(self.scorer):
+        with self.off(), onednn_linears(self.scorer), precise_head(causal_lm(self.scorer.policy)):
             found: Tensor = self.scorer(**rows, with_values=False).logprobs
         if self.copy is not None:
             self.copy.let_go()
@@ -436,13 +437,14 @@ class Frozen:
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of N hidden states."""
-        with self.off():
-            return causal_lm(self.scorer.policy).get_output_embeddings()(hidden)
+        lm = causal_lm(self.scorer.policy)
+        with self.off(), precise_head(lm):
+            return lm.get_output_embeddings()(hidden)
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, Any], length: int, states: Tensor | None) -> Tensor:
         """Logits [B, C, V] by the model's own forward."""
-        with self.off():
+        with self.off(), precise_head(causal_lm(self.scorer.policy)):
             return self.scorer._model_logits(inputs, length, self.below(states))
 
 

@@ -157,9 +157,8 @@ def is_plain(head: Any, hidden: Tensor) -> bool:
     return (
         type(head) is nn.Linear
         and not (head._forward_hooks or head._forward_pre_hooks or nn.utils.parametrize.is_parametrized(head))
-        and head.weight.dtype == hidden.dtype
-        and hidden.dtype.itemsize >= 4
-        and not torch.is_autocast_enabled(hidden.device.type)
+        and head.weight.dtype.itemsize >= 4
+        and (head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type))
     )
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from hfpg.algorithms import GRPO, PPO
 from hfpg.config import TrainConfig
 from hfpg.learner import parameter_groups
-from hfpg.micro_batches import balance, micro_batches
+from hfpg.micro_batches import balance, micro_batches, model_inputs
 from hfpg.models import ActorCritic
 from hfpg.types import TokenLoss
 from tests import build, tiny
@@ -154,6 +154,48 @@ def test_bf16_scores_reference_and_policy_alike():
     assert rollout.old_logprobs.dtype == torch.float32 and exact is actor
     metrics = by.optimize(rollout, credit, PPO().loss, aggregation="token_mean")
     assert metrics["first_log_ratio_max"] < 0.05 and metrics["optimizer_steps"] == 1
+
+
+def head_in_single(actor: ActorCritic, rollout) -> torch.Tensor:
+    """log π of the chosen tokens: a trunk in bfloat16, and a head in single precision."""
+    layout = actor.layout(rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = actor._trunk(actor.policy.base_model, layout, None)[layout.source]
+    logits = torch.nn.functional.linear(hidden.float(), actor.policy.get_output_embeddings().weight)
+    tokens = rollout.completion_ids[rollout.completion_mask]
+    return logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+def test_under_bf16_the_head_is_in_single_precision(kind: str):
+    """In scoring, in training with its gradient, and in sampling; Gemma-2 is scored through its own forward."""
+    Accelerator(cpu=True, mixed_precision="bf16")
+    by = build.learner(ActorCritic(tiny.model(kind), "shared"), reference=True)
+    with by.accelerator.autocast():
+        samples = build.draw(by.actor)
+    rollout, credit = build.rollout_of(samples, by)
+    if kind != "gemma2":  # its logits are capped after the head
+        expected = head_in_single(by.actor, rollout)
+        torch.testing.assert_close(rollout.old_logprobs[rollout.completion_mask], expected, atol=1e-5, rtol=0)
+    heads = []
+    head = by.actor.policy.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: heads.append(out.dtype))
+    with by.accelerator.autocast():
+        build.draw(by.actor)
+    assert set(heads) == {torch.float32}
+    metrics = by.optimize(rollout, credit, PPO().loss, aggregation="token_mean", with_kl=True)
+    assert metrics["first_log_ratio_max"] < 1e-5 and set(heads) == {torch.float32}
+
+
+def test_under_bf16_the_gradient_of_the_head_is_in_single_precision():
+    Accelerator(cpu=True, mixed_precision="bf16")
+    by = build.learner(ActorCritic(tiny.model("llama")))
+    rollout, _ = build.rollout_of(build.draw(by.actor), by)
+    head = by.actor.policy.get_output_embeddings()
+    (expected,) = torch.autograd.grad(head_in_single(by.actor, rollout).sum(), head.weight)
+    with by._own_products():
+        by.model(**model_inputs(rollout, 1.0)).logprobs.sum().backward()
+    torch.testing.assert_close(head.weight.grad, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
 def test_micro_batches_cover_every_row_within_the_budget():

@@ -144,7 +144,6 @@ def test_both_ways_to_the_logits_agree_in_value_and_gradient(kind, monkeypatch):
     results = []
     for elements in (1 << 22, 5 * tiny.VOCABULARY, 1):
         monkeypatch.setattr("hfpg.ops.logprobs.CHUNK_ELEMENTS", elements)
-        monkeypatch.setattr("hfpg.models.CHUNK_ELEMENTS", elements)
         for chunked in {True, False} if kind == "gpt2" else {False}:
             model = tiny.model(kind)
             actor = ActorCritic(model, "shared")
@@ -244,7 +243,6 @@ def moved(actor, size=0.02):
 def test_the_kl_is_exact_in_value_and_gradient(kind, reverse, elements, monkeypatch):
     """Chunked head and the model's own forward (Gemma 2), whole and recomputed, under temperature and top-k."""
     monkeypatch.setattr("hfpg.ops.logprobs.CHUNK_ELEMENTS", elements)
-    monkeypatch.setattr("hfpg.models.CHUNK_ELEMENTS", elements)
     model, close = precise(kind)
     actor = ActorCritic(model)
     other = moved(actor)
@@ -271,7 +269,6 @@ def test_the_kl_is_exact_in_value_and_gradient(kind, reverse, elements, monkeypa
 def test_the_kl_to_the_reference_that_is_the_policy_without_its_adapter(kind, elements, monkeypatch):
     """Only the reference's own passes have the adapter off: not the policy's, nor its recomputation in backward."""
     monkeypatch.setattr("hfpg.ops.logprobs.CHUNK_ELEMENTS", elements)
-    monkeypatch.setattr("hfpg.models.CHUNK_ELEMENTS", elements)
     modules = {"gpt2": ["c_attn"], "gemma2": ["q_proj", "v_proj"], "lstm": ["lm_head"]}[kind]
     base, close = precise(kind)
     plain = ActorCritic(copy.deepcopy(base))

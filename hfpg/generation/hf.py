@@ -25,9 +25,10 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from hfpg.config import nearest, require
-from hfpg.generation.loop import DecodeLoop, rung
+from hfpg.generation.decoding import rung
+from hfpg.generation.loop import DecodeLoop
 from hfpg.generation.stock import Finished, KeyedSampler
-from hfpg.linear import onednn_linears
+from hfpg.linear import onednn_linears, precise_head
 from hfpg.pretrained import causal_lm
 from hfpg.probes import captured_head_input
 from hfpg.types import Prompts, Samples, join
@@ -99,7 +100,7 @@ class HFGenerator:
         lengths = prompts.mask.sum(1)
         order = lengths.argsort(stable=True)  # prompts of similar length into one call: little padding
         calls = self._calls(lengths[order].tolist(), prompts.group_ids[order].tolist(), most_rows(lm, len(prompts)))
-        with onednn_linears(lm, rung) if self.own_loop else nullcontext():
+        with onednn_linears(lm, rung) if self.own_loop else nullcontext(), precise_head(lm):
             parts = [self._generate(lm, narrowest(prompts.take(order[call])), greedy) for call in calls]
         samples = join(parts).take(order.argsort())
         return dataclasses.replace(samples, prompt_ids=prompts.ids, prompt_mask=prompts.mask)

@@ -24,15 +24,16 @@ class Record:
         self.rows, self.longest, self.steps = rows, longest, 0
         self.columns: dict[str, Tensor] = {}
 
-    def put(self, rows: Int[Tensor, " b"] | slice, **values: Tensor | None) -> None:
-        """The next column, by name; None is not known."""
+    def put(self, rows: Int[Tensor, " b"] | slice, step: int | Int[Tensor, " 1"], **values: Tensor | None) -> None:
+        """Column `step`, by name; None is not known. Whoever gives a tensor says himself how many steps there were."""
         for name, value in values.items():
             if value is None:
                 continue
             if name not in self.columns:
                 self.columns[name] = value.new_zeros(self.rows, self.longest, *value.shape[1:])
-            self.columns[name][rows, self.steps] = value
-        self.steps += 1
+            self.columns[name][rows, step] = value
+        if isinstance(step, int):
+            self.steps = step + 1
 
     def masked(self, name: str, mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"] | None:
         """A column [B, C], 0 outside the mask; None where it is not known."""
@@ -77,6 +78,7 @@ class KeyedSampler(LogitsProcessor):
         tokens = logits.argmax(1) if self.greedy else gumbel_max(logits, mix(self.keys + position))
         self.record.put(
             slice(None),
+            position,
             logprobs=chosen_logprobs(logits, tokens),
             entropy=entropy(logits),
             values=self.values(),

@@ -26,6 +26,7 @@ CHUNK_BYTES = 8 << 20  # of logits made at a time, all chunks of one size: block
 FEWEST_TOKENS = 128  # in a chunk, or its products are slow …
 LARGEST_BYTES = 30 << 20  # … but no larger than this: by default glibc gives back what is above 32 MB
 KEPT_BYTES = 32 << 20  # of chunks that stay for the backward pass
+GPU_BYTES = 512 << 20  # of a chunk, and of those that stay, on a GPU: it takes many numbers to keep one busy
 GRAIN = 32  # tokens: of larger batches the number is made up to a multiple
 
 SlopesOf = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -81,15 +82,18 @@ class _Logits:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, kept: Tensor | None):
         self.hidden, self.weight, self.bias, self.temperature, self.kept = hidden, weight, bias, temperature, kept
         self.column = len(weight) * hidden.element_size()
-        self.size = max(1, min(max(CHUNK_BYTES // self.column, FEWEST_TOKENS), LARGEST_BYTES // self.column))
+        on_cpu = hidden.device.type == "cpu"
+        size = min(max(CHUNK_BYTES // self.column, FEWEST_TOKENS), LARGEST_BYTES // self.column)
+        self.size = max(1, size if on_cpu else GPU_BYTES // self.column)
+        self.kept_bytes = KEPT_BYTES if on_cpu else GPU_BYTES
 
     def stay(self) -> bool:
-        """True where all chunks fit in KEPT_BYTES: nothing would be made again."""
-        return len(self.hidden) * self.column <= KEPT_BYTES
+        """True where all chunks fit in what may be kept: nothing would be made again."""
+        return len(self.hidden) * self.column <= self.kept_bytes
 
     def stays(self, chunk: slice) -> bool:
-        """True for the chunks at the end that fit in KEPT_BYTES, and for the last one."""
-        return (len(self.hidden) - chunk.start) * self.column <= KEPT_BYTES or chunk.stop == len(self.hidden)
+        """True for the chunks at the end that fit in what may be kept, and for the last one."""
+        return (len(self.hidden) - chunk.start) * self.column <= self.kept_bytes or chunk.stop == len(self.hidden)
 
     def chunks(self) -> Iterator[slice]:
         """Parts of the N positions, in order: of `size`, and the rest in powers of 2.

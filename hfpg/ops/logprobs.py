@@ -14,6 +14,12 @@ from hfpg.ops.kl import full
 
 
 CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 16 MB in fp32, below glibc's largest reused block (32 MB)
+GPU_CHUNK_ELEMENTS = 1 << 27
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many logits may be alive at a time: on a GPU more, or it waits for the next chunk to be launched."""
+    return CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
 
 
 def pack_bits(kept: Bool[Tensor, "*shape V"]) -> UInt8[Tensor, "*shape bytes"]:
@@ -65,7 +71,7 @@ def score_in_chunks(
     `head` maps hidden states [n, H] to logits [n, V]. With more than one chunk the logits are computed again in the
     backward pass instead of being kept, so peak memory is one chunk of logits however many tokens there are.
     """
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    size = max(1, chunk_elements(hidden.device) // vocabulary)
 
     def score(h: Tensor, y: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logits = sampling_logits(head(h), temperature, keep)
@@ -97,7 +103,8 @@ def kl_in_chunks(
         ours = sampling_logits(head(h), temperature, keep)
         return full(theirs, ours) if reverse else full(ours, theirs)
 
-    return torch.cat(in_chunks(score, max(1, CHUNK_ELEMENTS // (2 * vocabulary)), hidden, other_hidden, kept))
+    size = max(1, chunk_elements(hidden.device) // (2 * vocabulary))
+    return torch.cat(in_chunks(score, size, hidden, other_hidden, kept))
 
 
 def in_chunks(score: Callable[..., Any], size: int, *columns: Tensor | None) -> list[Any]:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hfpg.data import PromptData
-from hfpg.generation import loop
+from hfpg.generation import decoding, loop
 from hfpg.generation.hf import HFGenerator, most_rows
 from hfpg.generation.slab import SlabLayer
 from hfpg.models import ActorCritic
@@ -269,7 +269,7 @@ def test_rows_share_a_prompt_if_ids_padding_and_group_are_the_same():
 
 def test_prompts_are_read_with_little_padding(monkeypatch: pytest.MonkeyPatch):
     lengths = [9, 2, 40, 3, 38, 2, 10, 41]
-    monkeypatch.setattr(loop, "PADDING", 6)
+    monkeypatch.setattr(decoding, "PADDING", 6)
     shapes, _ = positions_computed(build("gpt2"), prompts(lengths, 2))
     read = [rows * columns for rows, columns in shapes if columns > 1]
     assert sum(lengths) <= sum(read) <= sum(lengths) + 6 * len(read) and len(read) == 3
@@ -282,15 +282,15 @@ def test_finished_rows_are_not_computed():
     assert len(steps) == int(lengths.max()) - 1
     for step, rows in enumerate(steps, start=1):
         live = int((lengths > step).sum())
-        assert live <= rows <= loop.rung(live)
+        assert live <= rows <= decoding.rung(live)
     assert sum(steps) < 0.8 * len(samples) * len(steps)
 
 
 def test_rungs_are_few_and_close():
-    sizes = {loop.rung(rows) for rows in range(1, 1025)}
-    assert all(rows <= loop.rung(rows) <= max(rows + 3, 1.5 * rows) for rows in range(1, 1025))
-    assert len([size for size in sizes if size <= loop.MANY]) < 18 and loop.rung(1) == 1
-    assert all(loop.rung(rows) <= 1.125 * rows + 1 for rows in range(loop.MANY + 1, 5000))
+    sizes = {decoding.rung(rows) for rows in range(1, 1025)}
+    assert all(rows <= decoding.rung(rows) <= max(rows + 3, 1.5 * rows) for rows in range(1, 1025))
+    assert len([size for size in sizes if size <= decoding.MANY]) < 18 and decoding.rung(1) == 1
+    assert all(decoding.rung(rows) <= 1.125 * rows + 1 for rows in range(decoding.MANY + 1, 5000))
 
 
 @pytest.mark.parametrize("budget", [1, 60, 200, 10_000])
