@@ -20,6 +20,13 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests of a GPU are for machines that have one."""
+    mine = [item for item in items if torch.cuda.is_available() or not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = mine
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_fresh_state():
     """Each test starts with one thread and without another test's Accelerator."""

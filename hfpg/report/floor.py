@@ -68,7 +68,9 @@ def products(rollout: Rollout, of: Sizes, epochs: int, reference: bool, separate
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product here and now: the best of torch's and oneDNN's."""
-    a, b = torch.ones(512, 768, device=device, dtype=dtype), torch.ones(3072, 768, device=device, dtype=dtype)
+    rows, inner, outer = (512, 768, 3072) if device.type == "cpu" else (8192, 4096, 8192)
+    a = torch.randn(rows, inner, device=device, dtype=dtype)
+    b = torch.randn(outer, inner, device=device, dtype=dtype)
     best = float("inf")
     for multiply in (torch.nn.functional.linear, product) * 6:
         _wait(device)
@@ -76,7 +78,7 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
         multiply(a, b)
         _wait(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * 512 * 768 * 3072 / best
+    return 2 * rows * inner * outer / best
 
 
 def _wait(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from hfpg.report.recorder import versions
@@ -64,7 +65,7 @@ def about(kind: str, work: Work) -> Figures:
         "kind": kind,
         "command": said(kind, sys.argv[1:]),
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+        "machine": machine(work.device),
         "work": vars(work),
         "describe": work.describe(),
     }
@@ -104,12 +105,12 @@ def said(kind: str, flags: Sequence[str]) -> str:
     return shlex.join(["python", "-m", f"tests.benchmarks.{kind}", *words])
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """Hardware, versions, and how busy it was before the first run."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
+    return ({} if device == "cpu" else {"gpu": torch.cuda.get_device_name()}) | {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),

@@ -33,7 +33,7 @@ def matrix_weights(config: Any) -> Weights:
 
 @dataclass(frozen=True)
 class Rates:
-    """10⁹ operations a second in fp32 matrix products: of 1024 × 768 × 3072, and of a decode step."""
+    """10⁹ operations a second in matrix products: of a large one, and of a decode step."""
 
     large: float
     skinny: float
@@ -46,9 +46,12 @@ def measured_rates(work: Work, width: int, weights: Weights) -> tuple[Rates, Rat
     through as many weights as the model has (512 MB at most), so that they come from where the model's do.
     """
     torch.set_num_threads(work.threads)
-    large = product_rate(torch.randn(1024, 768), torch.randn(1, 768, 3072))
+    kind: Any = dict(device=work.device, dtype=torch.bfloat16 if work.bf16 else torch.float32)
+    rows, inner, outer = (1024, 768, 3072) if work.device == "cpu" else (8192, 4096, 8192)
+    large = product_rate(torch.randn(rows, inner, **kind), torch.randn(1, inner, outer, **kind))
     copies = min(weights.trunk + weights.head, 1 << 27) // (4 * width**2)
-    skinny = product_rate(torch.randn(work.samples, width), torch.randn(max(1, copies), width, 4 * width))
+    weights_of = torch.randn(max(1, copies), width, 4 * width, **kind)
+    skinny = product_rate(torch.randn(work.samples, width, **kind), weights_of)
     return Rates(large[0], skinny[0]), Rates(large[1], skinny[1])
 
 
@@ -68,9 +71,9 @@ def product_rate(x: Tensor, weights: Tensor, tries: int = 20, clocks: Callable[[
     through all W once, or as often as makes some ms, because clocks are coarse.
     """
     operations = 2e-9 * x.shape[0] * weights.numel()
-    repeats = max(1, round(0.5 / operations))
+    repeats = max(1, round((0.5 if x.device.type == "cpu" else 500) / operations))
     best = (0.0, 0.0)
-    for multiply in products():
+    for multiply in products() if x.device.type == "cpu" else [torch.mm]:
         for number in range(tries + 3):
             start = clocks()
             for _ in range(repeats):

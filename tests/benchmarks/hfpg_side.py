@@ -15,7 +15,7 @@ import hfpg
 from hfpg import PolicyGradientTrainer, TrainConfig
 from hfpg.algorithms import GRPO, PPO, RLOO
 from tests.benchmarks.job import serve
-from tests.benchmarks.measure import Meter, Run, Stopwatch, memory_mb, torch_phases
+from tests.benchmarks.measure import Meter, Run, Stopwatch, held_mb, peak_mb, torch_phases
 from tests.benchmarks.work import Work, prompt_texts
 
 
@@ -65,7 +65,9 @@ def config(work: Work, output_dir: str) -> TrainConfig:
         lr_scheduler_type="constant",
         seed=work.seed,
         torch_threads=work.threads,
-        use_cpu=True,
+        use_cpu=work.device == "cpu",
+        bf16=work.bf16,
+        use_liger_kernel=work.liger,
         save_steps=0,
         completions_steps=0,
         disable_tqdm=True,
@@ -75,12 +77,12 @@ def config(work: Work, output_dir: str) -> TrainConfig:
 
 def run(work: Work, folder: Path, watch: Stopwatch | None = None, callbacks: Sequence[Any] = ()) -> Run:
     """Warm-up and measured steps in this process. The peak is read before `train` ends."""
-    import_mb, peak = memory_mb("VmRSS"), [0.0]
+    import_mb, peak = held_mb(work.device), [0.0]
     meter = Meter(watch or Stopwatch(), work.generations)
 
     def end_lap() -> None:
         meter.lap()
-        peak[0] = memory_mb("VmHWM")
+        peak[0] = peak_mb(work.device)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     onednn = torch.backends.mkldnn.flags(enabled=work.products == "onednn")

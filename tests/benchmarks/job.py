@@ -31,7 +31,6 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRL_EXPERIMENTAL_SILENCE": "1",
-    "ACCELERATE_USE_CPU": "true",
 }
 
 
@@ -44,13 +43,14 @@ def run_side(side: str, work: Work, folder: Path, trl_path: str | None = None) -
     inherited = {name: value for name, value in os.environ.items() if name not in MALLOC}
     threads = {name: str(work.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     paths = [trl_path] if trl_path and side != "hfpg" else []
+    place_of_work = {"ACCELERATE_USE_CPU": str(work.device == "cpu").lower()}
     path = {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
     with tempfile.TemporaryDirectory() as place:
         Path(place, "work.json").write_text(json.dumps(dataclasses.asdict(work)))
         done = subprocess.run(
             [sys.executable, "-m", module, place, str(folder)],
             cwd=ROOT,
-            env=inherited | QUIET | threads | allocator | path,
+            env=inherited | QUIET | place_of_work | threads | allocator | path,
             capture_output=True,
             text=True,
         )

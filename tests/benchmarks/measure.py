@@ -22,7 +22,9 @@ Seconds = tuple[float, float]  # wall, CPU of all threads
 
 
 def now() -> Seconds:
-    """The clocks."""
+    """The clocks, when a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
@@ -170,6 +172,16 @@ def memory_mb(field: str) -> float:
     lines = path.read_text().splitlines() if path.exists() else []
     found = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]
     return found[0] / 1024 if found else float("nan")
+
+
+def held_mb(device: str) -> float:
+    """What the process holds now: resident memory; on a GPU nothing counts but tensors."""
+    return memory_mb("VmRSS") if device == "cpu" else 0.0
+
+
+def peak_mb(device: str) -> float:
+    """The most that it has held."""
+    return memory_mb("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
 
 
 @dataclass(frozen=True)

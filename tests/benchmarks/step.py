@@ -55,6 +55,8 @@ def report(work: Work, runs: dict[str, list[Run]], weights: Weights, rates: tupl
     ours = found["hfpg"]
     tokens = (ours["prompt_tokens"], ours["completion_tokens"])
     by_clock = {} if work.trainable_layers is not None else dict(zip(("wall", "cpu"), rates, strict=True))
+    if work.device != "cpu":
+        by_clock.pop("cpu", None)
     floors = {clock: floor(work, weights, *tokens, rate) for clock, rate in by_clock.items()}
     return {
         "sides": found,
@@ -83,8 +85,9 @@ def table(figures: Figures) -> Table:
     row("step, wall s", "{:.2f}", lambda of: of["wall"])
     row("step, CPU s", "{:.2f}", lambda of: of["cpu"])
     row("  least … most", "{0[0]:.2f} … {0[1]:.2f}", lambda of: of["cpu_range"])
+    clock, label = (1, "CPU s") if figures["work"]["device"] == "cpu" else (0, "wall s")
     for phase in dict.fromkeys(name for of in found.values() for name in of["phases"]):
-        row(f"  {phase}, CPU s", "{:.2f}", lambda of, phase=phase: of["phases"].get(phase, [0.0, 0.0])[1])
+        row(f"  {phase}, {label}", "{:.2f}", lambda of, phase=phase: of["phases"].get(phase, [0.0, 0.0])[clock])
     row("samples a second", "{:.2f}", lambda of: of["samples_per_second"])
     row("completion tokens", "{:.0f}", lambda of: of["completion_tokens"])
     row("prompt tokens", "{:.0f}", lambda of: of["prompt_tokens"])

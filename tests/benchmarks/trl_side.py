@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from tests.benchmarks.job import serve
-from tests.benchmarks.measure import Meter, Run, Stopwatch, memory_mb, torch_phases, wrap
+from tests.benchmarks.measure import Meter, Run, Stopwatch, held_mb, peak_mb, torch_phases, wrap
 from tests.benchmarks.work import Work, prompt_texts
 
 
 def run(work: Work, folder: Path, watch: Stopwatch | None = None) -> Run:
     """Warm-up and measured steps in this process."""
     classes = trainer_and_config(work.algorithm)
-    import_mb = memory_mb("VmRSS")
+    import_mb = held_mb(work.device)
     meter = Meter(watch or Stopwatch(), work.generations)
     torch.manual_seed(work.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -38,7 +38,7 @@ def run(work: Work, folder: Path, watch: Stopwatch | None = None) -> Run:
         trainer = make(work, *classes, folder, tokenizer, output, meter)
         trainer.train()
         meter.lap()
-    return Run(f"TRL {trl.__version__}", meter.laps, import_mb, memory_mb("VmHWM"))
+    return Run(f"TRL {trl.__version__}", meter.laps, import_mb, peak_mb(work.device))
 
 
 def trainer_and_config(algorithm: str) -> tuple[Any, Any]:
@@ -60,8 +60,9 @@ def settings(work: Work, output: str) -> dict[str, Any]:
         lr_scheduler_type="constant",
         temperature=1.0,
         seed=work.seed,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=work.device == "cpu",
+        bf16=work.bf16,
+        use_liger_kernel=work.liger,
         gradient_checkpointing=False,
         save_strategy="no",
         report_to="none",

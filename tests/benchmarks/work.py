@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from hfpg.config import no_progress_bar
 
@@ -20,16 +20,27 @@ from hfpg.config import no_progress_bar
 PAD, EOS, UNKNOWN = 0, 1, 2
 EOS_RATE = 0.04  # chance of EOS at every token of a `ragged` model: about 25 of 48 tokens
 RAGGED_PROMPTS = (4, 64)  # tokens
-ARCHITECTURES = {
+LENGTHS = ("prompt_length", "completion_length")
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "T": dict(vocab_size=512, n_embd=64, n_layer=2, n_head=2),  # a toy, for tests
     "S": dict(vocab_size=8192, n_embd=256, n_layer=4, n_head=4),  # 5.4 M parameters
     "M": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12),  # GPT-2 small
+    "Q": dict(  # Qwen2.5-0.5B
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
 }
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 SIZES: dict[str, dict[str, int]] = {
     "T": dict(samples=8, epochs=2, micro_positions=64, prompt_length=6, completion_length=10),
     "S": dict(samples=64, epochs=4, micro_positions=1024),
     "M": dict(samples=16, epochs=2, micro_positions=512),  # and every folder
+    "Q": dict(samples=256, epochs=1, micro_positions=16384, prompt_length=64, completion_length=256),
 }
 
 
@@ -53,6 +64,9 @@ class Work:
     learning_rate: float = 1e-9  # so small that the law of the lengths stays what it is
     trainable_layers: int | None = None  # hfpg alone: only so many layers at the top learn
     products: Literal["onednn", "torch"] = "onednn"  # hfpg alone: whose matrix products
+    device: Literal["cpu", "cuda"] = "cpu"
+    bf16: bool = False  # autocast
+    liger: bool = False  # the layers of liger-kernel
     threads: int = 1
     steps: int = 3  # measured; one more before them is warm-up
     seed: int = 0
@@ -87,6 +101,8 @@ class Work:
         law = f"{self.completions} " if self.model in ARCHITECTURES else ""
         part = "" if self.trainable_layers is None else f", top {self.trainable_layers} layers"
         part += "" if self.products == "onednn" else ", torch's products"
+        part += ", bf16" if self.bf16 else ""
+        part += ", liger" if self.liger else ""
         prompts = self.prompt_length if self.prompts == "fixed" else "{}–{}".format(*RAGGED_PROMPTS)
         return (
             f"{self.algorithm.upper()}{critic}, {self.model}{part}, {law}completions ≤ {self.completion_length}, "
@@ -101,16 +117,19 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which work; sizes left out are those of the model."""
     add = parser.add_argument
     add("--algorithm", choices=("rloo", "grpo", "ppo"), default="rloo")
-    add("--model", default="S", help="S, M or T (random weights, made here), or the folder of a causal LM.")
+    add("--model", default="S", help="S, M, Q or T (random weights, made here), or the folder of a causal LM.")
     add("--completions", choices=("ragged", "fixed"), default="ragged", help="EOS now and then, or never; S, M, T.")
     add("--prompts", choices=("fixed", "ragged"), default="fixed", help="16 tokens each, or 4 to 64.")
     add("--value", choices=("shared", "separate"), default="shared", help="hfpg's critic in PPO; TRL's is separate.")
     add("--products", choices=("onednn", "torch"), default="onednn", help="Matrix products of hfpg.")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--bf16", action="store_true", help="Autocast to bfloat16, on both sides.")
+    add("--liger", action="store_true", help="liger-kernel's layers, on both sides; a GPU's.")
     add("--threads", type=int, default=1)
     add("--steps", type=int, default=3, help="Measured steps; one more before them is warm-up.")
     add("--seed", type=int, default=0)
     add("--trainable-layers", type=int, help="Only so many layers at the top learn; for hfpg alone.")
-    for name in ("samples", "epochs", "minibatches", "micro_positions", "prompt_length", "completion_length"):
+    for name in ("samples", "generations", "epochs", "minibatches", "micro_positions", *LENGTHS):
         add(f"--{name.replace('_', '-')}", type=int, help="Default: the model's work, see docs/performance.md.")
 
 
@@ -130,15 +149,19 @@ def model_folder(model: str, completions: str, into: Path) -> Path:
     """The folder that both sides load: the one given, or a model made here."""
     if model not in ARCHITECTURES:
         if not Path(model, "config.json").exists():
-            raise SystemExit(f"error: --model {model} holds no config.json; give the folder of a model, or S, M or T")
+            raise SystemExit(f"error: --model {model} holds no config.json; give the folder of a model, or S, M, Q, T")
         return Path(model).resolve()
-    folder = into / model
-    config = GPT2Config(
-        n_positions=512, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, **NO_DROPOUT, **ARCHITECTURES[model]
-    )
+    folder, sizes = into / model, ARCHITECTURES[model] | dict(bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD)
     torch.manual_seed(0)
-    lm = GPT2LMHeadModel(config)
-    bake_eos(lm, EOS_RATE if completions == "ragged" else 0.0)
+    lm: Any
+    if "n_embd" in sizes:
+        lm = GPT2LMHeadModel(GPT2Config(n_positions=512, **NO_DROPOUT, **sizes))
+        bake_eos(lm, EOS_RATE if completions == "ragged" else 0.0)
+    elif completions == "ragged":
+        raise SystemExit(f"error: model {model} has no bias to say how often EOS is drawn; add --completions fixed")
+    else:
+        lm = Qwen2ForCausalLM(Qwen2Config(**sizes))  # EOS is as likely as any other token: one in 151,936
+    config = lm.config
     lm.generation_config.eos_token_id, lm.generation_config.pad_token_id = EOS, PAD
     with no_progress_bar():
         lm.save_pretrained(folder)
