@@ -255,7 +255,8 @@ class ActorCritic(nn.Module):
         head, hidden = causal_lm(self.policy).get_output_embeddings(), whole[layout.source]
         picked = None if kept is None else kept[mask]
         if is_plain(head, hidden):
-            chosen = (tokens[mask], temperature, picked, with_entropy, slopes)
+            coarse = torch.is_autocast_enabled(hidden.device.type)
+            chosen = (tokens[mask], temperature, picked, with_entropy, slopes, coarse)
             with torch.autocast(hidden.device.type, enabled=False):
                 flat, spread = head_scores(hidden.to(head.weight.dtype), head.weight, head.bias, *chosen)
         else:

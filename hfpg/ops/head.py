@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from hfpg.ops.direct import gradient_of, is_direct
 from hfpg.ops.logprobs import unpack_bits
-from hfpg.ops.product import add_product, inner_product, product
+from hfpg.ops.product import add_product, inner_product, product, tf32
 
 
 CHUNK_BYTES = 8 << 20  # of logits made at a time, all chunks of one size: blocks of many sizes fragment the heap
@@ -42,12 +42,14 @@ def head_scores(
     kept: UInt8[Tensor, "N bytes"] | None = None,
     with_entropy: bool = False,
     slopes: SlopesOf | None = None,
+    coarse: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
     """log π(token) and, if asked, the entropy of the distribution that tokens are sampled from.
 
     The same numbers and gradients as `score_in_chunks` with this head; one derivative only. Everything is computed in
     the dtype of `hidden` and `weight`, which is to be at least single precision. With `slopes` the gradient is made in
-    the forward pass; the backward pass raises ValueError when it is asked for another one.
+    the forward pass; the backward pass raises ValueError when it is asked for another one. With `coarse`, for
+    hidden states that come out of half precision, a GPU may round them to TF32.
     """
     n = len(hidden)
     spare = -n % GRAIN if n > GRAIN else 0
@@ -56,7 +58,7 @@ def head_scores(
         hidden, tokens = pad(hidden, (0, 0, 0, spare)), pad(tokens, (0, spare))
         kept = None if kept is None else pad(kept, (0, 0, 0, spare), value=255)
         slopes = None if slopes is None else _with_spare(slopes, n)
-    scores = _HeadScores.apply(hidden, weight, bias, tokens, temperature, kept, with_entropy, slopes)
+    scores = _HeadScores.apply(hidden, weight, bias, tokens, temperature, kept, with_entropy, slopes, coarse)
     return scores[0][:n], scores[1][:n] if with_entropy else None
 
 
@@ -79,8 +81,17 @@ def _with_spare(slopes: SlopesOf, n: int) -> SlopesOf:
 class _Logits:
     """Chunks of logits [V, n] ÷ τ, −inf outside the kept sets."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, kept: Tensor | None):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        kept: Tensor | None,
+        coarse: bool = False,
+    ):
         self.hidden, self.weight, self.bias, self.temperature, self.kept = hidden, weight, bias, temperature, kept
+        self.coarse = coarse
         self.column = len(weight) * hidden.element_size()
         on_cpu = hidden.device.type == "cpu"
         size = min(max(CHUNK_BYTES // self.column, FEWEST_TOKENS), LARGEST_BYTES // self.column)
@@ -109,7 +120,8 @@ class _Logits:
 
     def make(self, chunk: slice) -> Float[Tensor, "V n"]:
         """The logits of a chunk."""
-        out = product(self.weight, self.hidden[chunk])
+        with tf32(self.coarse):
+            out = product(self.weight, self.hidden[chunk])
         if self.bias is not None:
             out += self.bias[:, None]
         if self.temperature != 1:
@@ -149,10 +161,11 @@ class _Gradient:
         g = _to_logits(probabilities, tokens[chunk], of_logprobs, of_entropy, total)
         if logits.temperature != 1:
             g /= logits.temperature
-        if self.hidden is not None:
-            self.hidden[chunk] = inner_product(g, logits.weight)
-        if self.weight is not None:
-            add_product(self.weight, g, logits.hidden[chunk].T)
+        with tf32(logits.coarse):
+            if self.hidden is not None:
+                self.hidden[chunk] = inner_product(g, logits.weight)
+            if self.weight is not None:
+                add_product(self.weight, g, logits.hidden[chunk].T)
         if self.bias is not None:
             self.bias += g.sum(1)
 
@@ -173,9 +186,10 @@ class _HeadScores(torch.autograd.Function):
         kept: Tensor | None,
         with_entropy: bool,
         slopes: SlopesOf | None,
+        coarse: bool,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy [N]; the latter empty where it is not asked for."""
-        logits = _Logits(hidden, weight, bias, temperature, kept)
+        logits = _Logits(hidden, weight, bias, temperature, kept, coarse)
         logprobs, normalizer = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))
         entropy = hidden.new_empty(len(hidden) if with_entropy else 0)
         stays: dict[int, Tensor] = {}
@@ -213,7 +227,7 @@ class _HeadScores(torch.autograd.Function):
         """Gradients of hidden states, weight and bias, chunk by chunk."""
         if ctx.made is not None:
             _same_slopes(ctx.slopes, of_logprobs, of_entropy)
-            return *ctx.made.parts(), None, None, None, None, None
+            return *ctx.made.parts(), *[None] * 6
         hidden, weight, bias, tokens, _, normalizer, entropy = ctx.saved_tensors
         logits: _Logits = ctx.logits
         direct = ctx.direct is not None
@@ -224,7 +238,7 @@ class _HeadScores(torch.autograd.Function):
                 probabilities = logits.make(chunk).sub_(normalizer[chunk]).exp_()
             of_entropy_here = (of_entropy[chunk], entropy[chunk]) if ctx.with_entropy else None
             made.add(logits, chunk, tokens, probabilities, of_logprobs[chunk], of_entropy_here)
-        return *made.parts(), None, None, None, None, None
+        return *made.parts(), *[None] * 6
 
 
 def _same_slopes(made: list[tuple[Tensor, Tensor | None]], of_logprobs: Tensor, of_entropy: Tensor) -> None:

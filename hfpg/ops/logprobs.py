@@ -26,14 +26,18 @@ def pack_bits(kept: Bool[Tensor, "*shape V"]) -> UInt8[Tensor, "*shape bytes"]:
     """V booleans as ⌈V/8⌉ bytes, lowest bit first."""
     padded = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8))
     bits = padded.view(*kept.shape[:-1], padded.shape[-1] // 8, 8).to(torch.uint8)
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
+    powers = _powers(kept.device)
     return (bits * powers).sum(-1, dtype=torch.uint8)
+
+
+def _powers(device: torch.device) -> UInt8[Tensor, " 8"]:
+    """1, 2, … 128, made on the device: a copy from the host cannot stand in a CUDA graph."""
+    return torch.ones(8, dtype=torch.uint8, device=device) << torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def unpack_bits(packed: UInt8[Tensor, "*shape bytes"], vocabulary: int) -> Bool[Tensor, "*shape V"]:
     """The inverse of `pack_bits`."""
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] & powers) != 0).flatten(-2)[..., :vocabulary]
+    return ((packed[..., None] & _powers(packed.device)) != 0).flatten(-2)[..., :vocabulary]
 
 
 def sampling_logits(

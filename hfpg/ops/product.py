@@ -7,6 +7,8 @@ torch's own product where oneDNN is absent, small, or of no use.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,25 @@ SMALLEST = 1 << 16  # numbers in a matrix: below, the call costs more than the p
 PART_BYTES = 16 << 20  # of a product that is added to another
 PART_ROWS = 1024  # of a long sum
 FEWEST = 4  # rows: for fewer, MKL's matrix-vector product is as fast
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """Inside, a GPU multiplies numbers in single precision rounded to 11 bits (bfloat16: 8), and adds them up in full.
+
+    For what comes out of half precision anyway. On a CPU nothing changes.
+    """
+    if not enabled:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def available() -> bool:

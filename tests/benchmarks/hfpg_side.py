@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import hfpg
 from hfpg import PolicyGradientTrainer, TrainConfig
 from hfpg.algorithms import GRPO, PPO, RLOO
 from tests.benchmarks.job import serve
 from tests.benchmarks.measure import Meter, Run, Stopwatch, held_mb, peak_mb, torch_phases
-from tests.benchmarks.work import Work, prompt_texts
+from tests.benchmarks.work import Work, prompt_texts, tokenizer_of
 
 
 NAMES = {"sample": "generate", "rescore": "score", "update": "forward"}  # what is left of `update` inside
@@ -84,7 +84,7 @@ def run(work: Work, folder: Path, watch: Stopwatch | None = None, callbacks: Seq
         meter.lap()
         peak[0] = peak_mb(work.device)
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tokenizer_of(folder)
     onednn = torch.backends.mkldnn.flags(enabled=work.products == "onednn")
     with tempfile.TemporaryDirectory() as output, torch_phases(meter.watch), onednn:
         trainer = Timed(

@@ -14,14 +14,13 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
 )
 
 from tests.benchmarks.job import serve
 from tests.benchmarks.measure import Meter, Run, Stopwatch, held_mb, peak_mb, torch_phases, wrap
-from tests.benchmarks.work import Work, prompt_texts
+from tests.benchmarks.work import Work, prompt_texts, tokenizer_of
 
 
 def run(work: Work, folder: Path, watch: Stopwatch | None = None) -> Run:
@@ -30,7 +29,8 @@ def run(work: Work, folder: Path, watch: Stopwatch | None = None) -> Run:
     import_mb = held_mb(work.device)
     meter = Meter(watch or Stopwatch(), work.generations)
     torch.manual_seed(work.seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = tokenizer_of(folder)
+    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # PPO takes every pad token for padding
     make = ppo if work.algorithm == "ppo" else compared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import random
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from hfpg.config import no_progress_bar
 
@@ -184,6 +192,13 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
     return PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", model_max_length=512, **names)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model; `AutoTokenizer` would take one made here for Qwen's own."""
+    made = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class") == "TokenizersBackend"
+    kind: Any = PreTrainedTokenizerFast if made else AutoTokenizer
+    return kind.from_pretrained(folder)
 
 
 def single_words(tokenizer: Any, count: int = 500) -> list[str]:
