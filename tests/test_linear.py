@@ -137,3 +137,15 @@ def test_completions_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch):
     model, rows = tiny.model(kind), prompts(RAGGED, 8)
     ours, plain = (draw(model, rows, own_loop)[0] for own_loop in (True, False))
     assert_same(ours, plain)
+
+
+def test_tf32_is_for_the_block_alone():
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    with product.tf32(False):
+        assert getattr(matmul, name) == before
+    with pytest.raises(ZeroDivisionError), product.tf32(True):
+        assert getattr(matmul, name) in ("tf32", True)
+        raise ZeroDivisionError
+    assert getattr(matmul, name) == before

@@ -59,6 +59,7 @@ class ReplayedDecoding(Decoding):
         super().__init__(model, ids, sampler, stop, inputs)
         self.tell, self.records = tell, True
         self.pool: Any = None
+        self.recordings: list[Callable[[], None]] = []  # the GPU may still be replaying one that is of no more use
         self.advance: Callable[[], None] | None = None
 
     def _go_on(self, tokens: Int[Tensor, " B"]) -> Int[Tensor, "B T"]:
@@ -77,9 +78,10 @@ class ReplayedDecoding(Decoding):
                 advance()
             step += chunk
         self._settle()
-        lengths = self.stop.lengths if self.stop.possible else torch.tensor(self.longest)
-        self.sampler.record.steps = int(lengths.max())
-        return self.ids[:, : self.width + self.sampler.record.steps]
+        steps = int(self.step) + 1  # this waits for the GPU: what it replays has to live that long
+        longest = int(self.stop.lengths.max()) if self.stop.possible else steps
+        self.sampler.record.steps = longest
+        return self.ids[:, : self.width + longest]
 
     # ── one step
 
@@ -167,6 +169,7 @@ class ReplayedDecoding(Decoding):
             try:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
                 self.advance = record(self._step, self.pool, self.tokens.device)
+                self.recordings.append(self.advance)
             except RuntimeError as error:
                 self.records = False
                 self.tell(f"a step of {type(self.model).__name__} cannot be recorded ({str(error).splitlines()[0]})")

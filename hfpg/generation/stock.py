@@ -126,7 +126,7 @@ class Finished(StoppingCriteria):
 
     def ended(self, ids: Int[Tensor, "b n"]) -> Bool[Tensor, " b"]:
         """Rows whose newest token ends them; the older ones matter to stop strings alone."""
-        now = torch.isin(ids[:, -1], self.stop_ids)
+        now = (ids[:, -1:] == self.stop_ids).any(1)
         return now if self.strings is None else now | self.strings(ids, None)
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hfpg.ops.direct import gradient_of, is_direct
+from hfpg.ops.keyed import NEVER
 from hfpg.ops.logprobs import unpack_bits
 from hfpg.ops.product import add_product, inner_product, product, tf32
 
@@ -26,7 +27,8 @@ CHUNK_BYTES = 8 << 20  # of logits made at a time, all chunks of one size: block
 FEWEST_TOKENS = 128  # in a chunk, or its products are slow …
 LARGEST_BYTES = 30 << 20  # … but no larger than this: by default glibc gives back what is above 32 MB
 KEPT_BYTES = 32 << 20  # of chunks that stay for the backward pass
-GPU_BYTES = 512 << 20  # of a chunk, and of those that stay, on a GPU: it takes many numbers to keep one busy
+GPU_BYTES = 512 << 20  # of a chunk, and of those that stay, on a GPU: it takes many numbers to keep one busy …
+GPU_MULTIPLE = 128  # … in products of sizes that are multiples: of 883 tokens they take 2.5 times as long as of 896
 GRAIN = 32  # tokens: of larger batches the number is made up to a multiple
 
 SlopesOf = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -78,6 +80,13 @@ def _with_spare(slopes: SlopesOf, n: int) -> SlopesOf:
     return padded
 
 
+def chunk_size(column: int, on_cpu: bool) -> int:
+    """Tokens of a chunk, of which each has `column` bytes of logits."""
+    if on_cpu:
+        return max(1, min(max(CHUNK_BYTES // column, FEWEST_TOKENS), LARGEST_BYTES // column))
+    return max(1, GPU_BYTES // column // GPU_MULTIPLE) * GPU_MULTIPLE
+
+
 class _Logits:
     """Chunks of logits [V, n] ÷ τ, −inf outside the kept sets."""
 
@@ -93,10 +102,9 @@ class _Logits:
         self.hidden, self.weight, self.bias, self.temperature, self.kept = hidden, weight, bias, temperature, kept
         self.coarse = coarse
         self.column = len(weight) * hidden.element_size()
-        on_cpu = hidden.device.type == "cpu"
-        size = min(max(CHUNK_BYTES // self.column, FEWEST_TOKENS), LARGEST_BYTES // self.column)
-        self.size = max(1, size if on_cpu else GPU_BYTES // self.column)
-        self.kept_bytes = KEPT_BYTES if on_cpu else GPU_BYTES
+        self.on_cpu = hidden.device.type == "cpu"
+        self.size = chunk_size(self.column, self.on_cpu)
+        self.kept_bytes = KEPT_BYTES if self.on_cpu else GPU_BYTES
 
     def stay(self) -> bool:
         """True where all chunks fit in what may be kept: nothing would be made again."""
@@ -107,14 +115,14 @@ class _Logits:
         return (len(self.hidden) - chunk.start) * self.column <= self.kept_bytes or chunk.stop == len(self.hidden)
 
     def chunks(self) -> Iterator[slice]:
-        """Parts of the N positions, in order: of `size`, and the rest in powers of 2.
+        """Parts of the N positions, in order: of `size`, and the rest, on a CPU in powers of 2.
 
         Few sizes, because oneDNN keeps half a megabyte for every shape that it has seen.
         """
         start, size = 0, self.size
         while (left := len(self.hidden) - start) > 0:
             if left < size:
-                size = 1 << (left.bit_length() - 1)
+                size = 1 << (left.bit_length() - 1) if self.on_cpu else left
             yield slice(start, start + size)
             start += size
 
@@ -201,12 +209,12 @@ class _HeadScores(torch.autograd.Function):
             chosen = z[_places(tokens[chunk])]
             top = z.amax(0)
             z -= top
-            shifted = z.clone() if with_entropy else z
+            shifted = z.clamp(min=NEVER) if with_entropy else z
             total = z.exp_().sum(0)
             normalizer[chunk] = top + total.log()
             logprobs[chunk] = chosen - normalizer[chunk]
             if with_entropy:
-                entropy[chunk] = total.log() - shifted.masked_fill_(z == 0, 0).mul_(z).sum(0) / total
+                entropy[chunk] = total.log() - shifted.mul_(z).sum(0) / total
             if ctx.made is not None and slopes is not None:
                 here = entropy[chunk] if with_entropy else None
                 a, b = slopes(chunk, logprobs[chunk], here)
@@ -270,7 +278,7 @@ def _to_logits(
         p.mul_(-of_logprobs if total is None else -of_logprobs / total)
     else:
         b, entropy = of_entropy
-        logs = p.log().masked_fill_(p == 0, 0).add_(entropy).mul_(b).add_(of_logprobs)
+        logs = p.log().clamp_(min=NEVER).add_(entropy).mul_(b).add_(of_logprobs)
         p.mul_(logs.neg_())
     return p.index_put_(_places(tokens), of_logprobs, accumulate=True)
 

@@ -128,7 +128,7 @@ def test_where_recording_fails_steps_are_taken_one_by_one(steps, monkeypatch: py
     decoding = ReplayedDecoding.__new__(ReplayedDecoding)
     decoding.records, decoding.pool, decoding.model, decoding.tell = True, 1, build("gpt2"), told.append
     decoding.tokens = type("OnGPU", (), {"is_cuda": True, "device": None, "__len__": lambda self: 1})()
-    decoding.window, decoding._step = 64, lambda: None
+    decoding.window, decoding._step, decoding.recordings = 64, lambda: None, []
 
     def refused(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

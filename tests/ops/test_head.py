@@ -133,3 +133,11 @@ def test_memory_is_one_chunk_of_logits(monkeypatch):
     with Watch():
         head_scores(hidden.requires_grad_(), weight.requires_grad_(), None, tokens, 1.0)[0].sum().backward()
     assert max(largest) == 416 * 5 < 400 * VOCABULARY, "the hidden states, made up to a multiple of 32"
+
+
+def test_chunks_on_a_gpu_are_large_and_of_a_size_that_its_products_like():
+    for vocabulary in (100, 50257, 128256, 151936, 10**7):
+        size = module.chunk_size(4 * vocabulary, on_cpu=False)
+        assert size % module.GPU_MULTIPLE == 0
+        assert size == module.GPU_MULTIPLE or 4 * vocabulary * size <= module.GPU_BYTES
+    assert 4 * 151936 * module.chunk_size(4 * 151936, on_cpu=True) <= module.LARGEST_BYTES
