@@ -42,6 +42,7 @@ from hfpg.probes import (
     captured_head_input,
     chunked_head_agrees,
     fuse_activations,
+    fuse_norms,
     head_input_width,
     is_plain,
     layers_that_stand_still,
@@ -79,6 +80,7 @@ class ActorCritic(nn.Module):
         self.policy = policy.eval()
         lm = causal_lm(policy)
         fuse_activations(lm)
+        fuse_norms(lm)
         self.vocabulary: int = lm.get_input_embeddings().weight.shape[0]
         self.hidden_size: int = getattr(lm.config, "hidden_size", lm.get_input_embeddings().weight.shape[1])
         self.takes_positions = "position_ids" in inspect.signature(lm.forward).parameters

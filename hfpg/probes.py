@@ -152,6 +152,29 @@ def fuse_activations(lm: nn.Module) -> None:
                 setattr(module, name, nn.GELU("tanh"))
 
 
+@torch.no_grad()
+def fuse_norms(lm: PreTrainedModel) -> None:
+    """RMS norms of the residual stream as torch's own: on a GPU one kernel in place of six, forward and backward, and
+    a third of the memory; on a CPU the same bits in the same time. Weights, names and what is saved stay as they are.
+
+    In single precision only: in half precision, and for the smaller norms of queries and keys, the two round at other
+    places.
+    """
+    width = getattr(lm.config, "hidden_size", None)
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            weight, epsilon = getattr(child, "weight", None), getattr(child, "variance_epsilon", None)
+            if not type(child).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
+                continue
+            if weight.shape != (width,) or weight.dtype != torch.float32 or "forward" in vars(child):
+                continue
+            own = nn.RMSNorm(width, eps=epsilon, device="meta")
+            own.weight = weight
+            x = torch.linspace(-2, 3, 4 * width, device=weight.device, dtype=weight.dtype).view(4, width)
+            if close(child(x), own(x)):
+                setattr(module, name, own.train(child.training))
+
+
 def is_plain(head: Any, hidden: Tensor) -> bool:
     """True for a linear LM head in at least single precision that nothing is hooked to."""
     return (

@@ -253,5 +253,15 @@ def test_page_shows_what_the_files_say() -> None:
     assert table.render(made, []).count(table.NOTHING) == len(table.SECTIONS)
 
 
+def test_a_gpu_has_a_table_of_its_own() -> None:
+    page = "".join(f"<!-- {name} -->old<!-- /{name} -->\n" for name in table.SECTIONS)
+    of = figures_of("step")
+    of["work"] = of["work"] | {"device": "cuda"}
+    of["machine"] = of["machine"] | {"gpu": "H1"}
+    made = table.render(page, [of])
+    assert "2026-01-01, H1, CPU, 2 cores" in made and "| RLOO | H1 | 1 | 2.00 / 8.00 | 4.00 | 4.00 |" in made
+    assert made.count(table.NOTHING) == len(table.SECTIONS) - 1, "and is in no other"
+
+
 def test_page_is_what_its_files_say() -> None:  # house: asserts inside what it calls
     table.main(["--check"])

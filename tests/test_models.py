@@ -20,6 +20,7 @@ from hfpg.models import ActorCritic, Reference, load_actor_critic, save_actor_cr
 from hfpg.ops.logprobs import pack_bits
 from hfpg.ops.masked import extent
 from hfpg.pretrained import load_policy
+from hfpg.probes import fuse_norms
 from tests import build, tiny
 
 
@@ -379,3 +380,44 @@ def test_an_adapter_is_saved_and_loaded_as_an_adapter(tmp_path):
     assert torch.equal(actor(**inputs(samples)).values, again(**inputs(samples)).values)
     trained = {n for n, p in again.policy.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_norms_as_torchs_own_are_the_same_function(kind: str):
+    plain = tiny.model(kind)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    fused = copy.deepcopy(plain)
+    fuse_norms(fused)
+    assert sum(type(m) is torch.nn.RMSNorm for m in fused.modules()) == 5, "two a layer, and the last"
+    ids = torch.arange(24).view(2, 12) % tiny.VOCABULARY
+    outputs = [model(ids).logits for model in (plain, fused)]
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=0)
+    for out in outputs:
+        out.square().sum().backward()
+    named = [dict(model.named_parameters()) for model in (plain, fused)]
+    assert list(named[0]) == list(named[1])
+    for name, parameter in named[0].items():
+        close_to = 1e-5 * float(parameter.grad.abs().max())
+        torch.testing.assert_close(named[1][name].grad, parameter.grad, atol=close_to, rtol=0)
+
+
+def test_norms_that_are_something_else_stay():
+    """Gemma's scale by 1 + w; half precision rounds elsewhere; somebody may have put in a forward of their own."""
+    other = tiny.model("llama")
+    for layer in other.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.forward = norm.forward
+
+    counts = {}
+    for name, model in {
+        "gemma2": tiny.model("gemma2"),
+        "half": tiny.model("llama").bfloat16(),
+        "double": tiny.model("llama").double(),
+        "replaced": other,
+    }.items():
+        fuse_norms(model)
+        counts[name] = sum(type(m) is torch.nn.RMSNorm for m in model.modules())
+    assert counts == {"gemma2": 0, "half": 0, "double": 0, "replaced": 1}

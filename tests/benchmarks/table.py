@@ -32,7 +32,8 @@ def measured_on(found: Sequence[Figures]) -> str:
     places: dict[str, list[Figures]] = {}
     for of in found:
         versions = ", ".join(f"{n} {of['machine']['versions'][n]}" for n in ("python", "torch", "transformers"))
-        place = f"Measured on {of['date']}, {of['machine']['cpu']}, {of['machine']['cores']} cores; {versions}."
+        card = f"{of['machine']['gpu']}, " if "gpu" in of["machine"] else ""
+        place = f"Measured on {of['date']}, {card}{of['machine']['cpu']}, {of['machine']['cores']} cores; {versions}."
         places.setdefault(place, []).append(of)
     parts = []
     for place, here in places.items():
@@ -108,6 +109,28 @@ def phases(found: Sequence[Figures]) -> str:
     return markdown(("work", "side", *PHASES), rows)
 
 
+def gpu(found: Sequence[Figures]) -> str:
+    """One row for a piece of work on a GPU: seconds on the clock, hfpg / TRL."""
+    columns = ("work", "card", "steps", "s", "×", "× per token", *PHASES, "tokens", "GB", "÷ floor")
+    rows = []
+    for of in found:
+        ours, theirs = of["sides"]["hfpg"], of["sides"].get("trl")
+        ratio = of["ratios"].get("trl", {})
+        both = [side for side in (ours, theirs) if side]
+
+        def each(form: str, value: Callable[[Figures], float], both: Sequence[Figures] = both) -> str:
+            return pair(form, *(value(side) for side in both))
+
+        rows.append(
+            [of["describe"], of["machine"]["gpu"], str(ours["laps"]), each("{:.2f}", lambda side: side["wall"])]
+            + [f"{ratio[name]:.2f}" if name in ratio else "" for name in ("wall", "wall_per_token")]
+            + [each("{:.2f}", lambda side, phase=phase: side["phases"].get(phase, (0.0,))[0]) for phase in PHASES]
+            + [each("{:.0f}", lambda side: side["completion_tokens"])]
+            + [each("{:.1f}", lambda side: side["beyond_import_mb"] / 1024), pair("{:.2f}", *of["distance"].values())]
+        )
+    return markdown(columns, rows)
+
+
 def scaling(found: Sequence[Figures]) -> str:
     """Points and lines of every series."""
     rows, lines = [], []
@@ -145,18 +168,19 @@ def profiles(found: Sequence[Figures]) -> str:
     return "\n\n".join(parts)
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Sequence[Figures]], str]]] = {
-    "step": ("step", steps),
-    "phases": ("step", phases),
-    "scaling": ("scaling", scaling),
-    "profile": ("profile", profiles),
+SECTIONS: dict[str, tuple[str, str, Callable[[Sequence[Figures]], str]]] = {
+    "step": ("step", "cpu", steps),
+    "phases": ("step", "cpu", phases),
+    "gpu": ("step", "cuda", gpu),
+    "scaling": ("scaling", "cpu", scaling),
+    "profile": ("profile", "cpu", profiles),
 }
 
 
 def render(page: str, found: Sequence[Figures]) -> str:
     """The page with its tables between `<!-- NAME -->` and `<!-- /NAME -->` made new."""
-    for name, (kind, section) in SECTIONS.items():
-        of = [figures for figures in found if figures["kind"] == kind]
+    for name, (kind, device, section) in SECTIONS.items():
+        of = [f for f in found if f["kind"] == kind and f["work"].get("device", "cpu") == device]
         source = "" if name == "phases" else measured_on(of) + "\n\n"
         text = f"{source}{section(of)}" if of else NOTHING
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
