@@ -160,7 +160,7 @@ def fuse_norms(lm: PreTrainedModel) -> None:
     In single precision only: in half precision, and for the smaller norms of queries and keys, the two round at other
     places.
     """
-    width = getattr(lm.config, "hidden_size", None)
+    width = lm.get_input_embeddings().weight.shape[1]
     for module in list(lm.modules()):
         for name, child in module.named_children():
             weight, epsilon = getattr(child, "weight", None), getattr(child, "variance_epsilon", None)
