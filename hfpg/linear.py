@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,36 @@ def onednn_linears(model: nn.Module, sizes: Callable[[int], int] = lambda rows: 
 
 
 @contextmanager
+def half_linears(model: nn.Module) -> Iterator[None]:
+    """Inside, under autocast, the linear layers of a model hold their fp32 weights in autocast's precision themselves.
+
+    Autocast does that too, in a cache that every thread of the process can clear: too little for a CUDA graph, which
+    reads the weights where they were when it was recorded. For the time in which the weights do not change.
+    """
+    kind = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(kind)
+    layers: list[Any] = [x for x in model.modules() if type(x) in (nn.Linear, Conv1D) and "forward" not in vars(x)]
+    mine = [x for x in layers if x.weight.dtype == torch.float32] if torch.is_autocast_enabled(kind) else []
+    for layer in mine:
+        weight = layer.weight.detach().to(dtype)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        rows = weight.T if isinstance(layer, Conv1D) else weight
+        vars(layer)["forward"] = functools.partial(_linear, rows, bias)
+    try:
+        yield
+    finally:
+        for layer in mine:
+            vars(layer).pop("forward", None)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x · weightᵀ + bias in the precision of the weight."""
+    return nn.functional.linear(x.to(weight.dtype), weight, bias)
+
+
+@contextmanager
 def precise_head(lm: PreTrainedModel) -> Iterator[None]:
-    """Inside, a linear LM head computes in the precision of its weights under autocast too, by TF32 on a GPU.
+    """Inside, a linear LM head computes in the precision of its weights under autocast too; forward by TF32 on a GPU.
 
     A logit of 20 in bfloat16 is wrong by up to 0.06, and so is the log-prob: more than what a step of PPO moves it.
     For forward passes and for the backward passes that make parts of them again. Heads in less than single precision,

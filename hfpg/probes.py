@@ -160,19 +160,29 @@ def fuse_norms(lm: PreTrainedModel) -> None:
     In single precision only: in half precision, and for the smaller norms of queries and keys, the two round at other
     places.
     """
-    width = lm.get_input_embeddings().weight.shape[1]
+    embedding = lm.get_input_embeddings().weight
+    if embedding.dtype != torch.float32:
+        return
+    width = embedding.shape[1]
     for module in list(lm.modules()):
         for name, child in module.named_children():
             weight, epsilon = getattr(child, "weight", None), getattr(child, "variance_epsilon", None)
             if not type(child).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
                 continue
-            if weight.shape != (width,) or weight.dtype != torch.float32 or "forward" in vars(child):
+            touched = "forward" in vars(child) or nn.utils.parametrize.is_parametrized(child) or has_hooks(child)
+            if touched or weight.shape != (width,) or weight.dtype != torch.float32:
                 continue
             own = nn.RMSNorm(width, eps=epsilon, device="meta")
             own.weight = weight
             x = torch.linspace(-2, 3, 4 * width, device=weight.device, dtype=weight.dtype).view(4, width)
             if close(child(x), own(x)):
                 setattr(module, name, own.train(child.training))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where somebody listens to the module, or changes what goes through it."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names)
 
 
 def is_plain(head: Any, hidden: Tensor) -> bool:

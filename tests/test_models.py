@@ -411,13 +411,16 @@ def test_norms_that_are_something_else_stay():
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.forward = norm.forward
 
+    heard = tiny.model("llama")
+    heard.model.norm.register_forward_hook(lambda *_: None)
     counts = {}
     for name, model in {
         "gemma2": tiny.model("gemma2"),
         "half": tiny.model("llama").bfloat16(),
         "double": tiny.model("llama").double(),
         "replaced": other,
+        "heard": heard,
     }.items():
         fuse_norms(model)
         counts[name] = sum(type(m) is torch.nn.RMSNorm for m in model.modules())
-    assert counts == {"gemma2": 0, "half": 0, "double": 0, "replaced": 1}
+    assert counts == {"gemma2": 0, "half": 0, "double": 0, "replaced": 1, "heard": 4}

@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 from hfpg.config import nearest, require
 from hfpg.generation.decoding import rung
 from hfpg.generation.loop import DecodeLoop
+from hfpg.generation.replay import Recorder
 from hfpg.generation.stock import Finished, KeyedSampler
 from hfpg.linear import onednn_linears, precise_head
 from hfpg.pretrained import causal_lm
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 # Options of `generate` that leave the distribution of the tokens alone. Every other one is refused for training: the
 # policy that is scored must be the policy that was sampled.
 HARMLESS_OPTIONS = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile")
-LOGITS = 32 << 20  # bytes
+LOGITS, GPU_LOGITS = 32 << 20, 1 << 30  # bytes
 
 
 class HFGenerator:
@@ -92,6 +93,7 @@ class HFGenerator:
         self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         self.own_loop = True
         self._told = False
+        self._recorder = Recorder()
 
     @torch.no_grad()
     def __call__(self, policy: Any, prompts: Prompts, greedy: bool = False) -> Samples:
@@ -159,7 +161,7 @@ class HFGenerator:
         if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(lm):
             self._tell("the parameters are sharded, so all processes must take the same number of steps")
             return None
-        return DecodeLoop(group_ids, self._tell)
+        return DecodeLoop(group_ids, self._tell, self._recorder)
 
     def _tell(self, reason: str) -> None:
         if not self._told:
@@ -185,9 +187,8 @@ def most_rows(lm: PreTrainedModel, rows: int) -> int:
     On the CPU, glibc hands blocks above 32 MB back to the system, and fresh pages are slow, unless `hfpg.heap` says
     otherwise. Matrix products want 64 rows all the same.
     """
-    if lm.device.type != "cpu":
-        return rows
-    limit = max(64, LOGITS // (4 * lm.get_input_embeddings().weight.shape[0]))
+    most = LOGITS if lm.device.type == "cpu" else GPU_LOGITS
+    limit = max(64, most // (4 * lm.get_input_embeddings().weight.shape[0]))
     return math.ceil(rows / math.ceil(rows / limit))
 
 

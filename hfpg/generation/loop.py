@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from hfpg.generation.decoding import Decoding
-from hfpg.generation.replay import ReplayedDecoding, stands_still
+from hfpg.generation.replay import Recorder, ReplayedDecoding, stands_still
 from hfpg.generation.stock import Finished, KeyedSampler
 
 
@@ -40,10 +40,11 @@ class DecodeLoop:
     Args:
         group_ids: [B]; consecutive rows of one group with the same prompt share its forward pass.
         tell: hears why the stock loop is used, when it is.
+        recorder: of steps on a GPU.
     """
 
-    def __init__(self, group_ids: Int[Tensor, " B"], tell: Callable[[str], None]):
-        self.group_ids, self.tell = group_ids, tell
+    def __init__(self, group_ids: Int[Tensor, " B"], tell: Callable[[str], None], recorder: Recorder):
+        self.group_ids, self.tell, self.recorder = group_ids, tell, recorder
 
     def __call__(
         self,
@@ -70,7 +71,7 @@ class DecodeLoop:
         ids[:, : input_ids.shape[1]] = input_ids
         counts = shared(input_ids, inputs["attention_mask"], self.group_ids)
         if stands_still(model, stop, generation_config):
-            return ReplayedDecoding(model, ids, logits_processor[0], stop, inputs, self.tell).run(counts)
+            return ReplayedDecoding(model, ids, logits_processor[0], stop, inputs, self.recorder).run(counts)
         return Decoding(model, ids, logits_processor[0], stop, inputs).run(counts)
 
 

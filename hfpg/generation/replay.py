@@ -8,7 +8,9 @@ what is filled; who is finished is looked at every few steps only. The tokens ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,11 +21,17 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hfpg.generation.decoding import Decoding
 from hfpg.generation.stock import Finished, KeyedSampler
+from hfpg.linear import half_linears
 
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 8  # steps between two looks at who is finished: each look waits for the GPU
 WINDOW = 64  # columns, of which the window is a multiple
-TOLERANCE, COARSE = 1e-3, 0.1  # of the largest logit, between two orders of the same sums; in half precision
+TOLERANCE, COARSE = 1e-3, 0.05  # of the largest logit, between two orders of the same sums; in half precision
+MASKED = 1e4  # logits beyond are some model's −∞
+
+Step = Callable[[], None]
 
 
 def stands_still(model: PreTrainedModel, stop: Finished, config: GenerationConfig) -> bool:
@@ -42,9 +50,6 @@ class ReplayedDecoding(Decoding):
     Each of both is another recording, at about the time of a step by Python. A model whose logits by fixed steps are
     not those of its own is decoded as on a CPU; where recording fails (a model that asks the GPU for a number), fixed
     steps are launched one by one.
-
-    Args:
-        tell: hears of both.
     """
 
     def __init__(
@@ -54,13 +59,17 @@ class ReplayedDecoding(Decoding):
         sampler: KeyedSampler,
         stop: Finished,
         inputs: dict[str, Any],
-        tell: Callable[[str], None],
+        recorder: Recorder,
     ):
         super().__init__(model, ids, sampler, stop, inputs)
-        self.tell, self.records = tell, True
-        self.pool: Any = None
-        self.recordings: list[Callable[[], None]] = []  # the GPU may still be replaying one that is of no more use
-        self.advance: Callable[[], None] | None = None
+        self.recorder = recorder
+        self.recordings: list[Step] = []  # the GPU may still be replaying one that is of no more use
+        self.advance: Step | None = None
+
+    def run(self, counts: Sequence[int]) -> Int[Tensor, "B T"]:
+        """Draw until every row is finished or as long as it may be."""
+        with half_linears(self.model):
+            return super().run(counts)
 
     def _go_on(self, tokens: Int[Tensor, " B"]) -> Int[Tensor, "B T"]:
         """Draw what follows the first tokens."""
@@ -73,7 +82,7 @@ class ReplayedDecoding(Decoding):
                 self._shrink(alive, step)
             chunk = min(PATIENCE, last - step) if self.stop.possible else min(WINDOW, last - step)
             self._see(self.width + step + chunk)
-            advance = self.advance or self._recorded()
+            advance = self.advance or self._recorded() or self._step
             for _ in range(chunk):
                 advance()
             step += chunk
@@ -90,7 +99,8 @@ class ReplayedDecoding(Decoding):
         self.step += 1
         self.positions += 1
         self.seen.index_fill_(3, self.column, True)
-        logits, values = self._forward(self.tokens[:, None], self.positions, self.seen[..., : self.window])
+        with without_cache(self.tokens.device.type):
+            logits, values = self._forward(self.tokens[:, None], self.positions, self.seen[..., : self.window])
         self.tokens.copy_(self._draw(logits, values, self.step))
         self.column += 1
         self._note(self.tokens)
@@ -103,6 +113,13 @@ class ReplayedDecoding(Decoding):
     def _left(self) -> int:
         """How many rows are not finished; this waits for the GPU."""
         return len(self.tokens) - int(self.done.sum()) if self.stop.possible else len(self.tokens)
+
+    def _recorded(self) -> Step | None:
+        """The step, recorded, if it can be."""
+        self.advance = self.recorder.record(self._step, type(self.model).__name__, self.tokens.device)
+        if self.advance is not None:
+            self.recordings.append(self.advance)
+        return self.advance
 
     # ── what stays where it is from step to step
 
@@ -124,20 +141,26 @@ class ReplayedDecoding(Decoding):
         self._see(self.width + 1)
         seen = self.seen[..., : self.window].clone()
         seen[..., self.width] = True
-        try:
-            fixed = self._forward(tokens[:, None], self.positions + 1, seen)[0]
-            half = self.layers[0].dtype.itemsize < 4
-            agrees = differ(own, fixed) <= (COARSE if half else TOLERANCE)
-        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
-            agrees = False
-        if not agrees:
-            self.tell(f"{type(self.model).__name__} says something else by steps of fixed shape, so none is recorded")
+        reason = self._differs(own, tokens, seen)
+        if reason is not None:
+            self.recorder.tell(f"{type(self.model).__name__} says something else by steps of fixed shape ({reason})")
             for layer in self.layers:
                 layer.window = None
                 layer.begin()
             return False
         self._note(self.tokens)
         return True
+
+    def _differs(self, own: Tensor, tokens: Tensor, seen: Tensor) -> str | None:
+        """What is wrong with a step of fixed shape, beside the model's own logits [B, V] after the same tokens."""
+        try:
+            found = differ(own, self._forward(tokens[:, None], self.positions + 1, seen)[0])
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+        most = COARSE if self.layers[0].dtype.itemsize < 4 else TOLERANCE
+        return None if found <= most else f"by {found:.2g} of the largest logit, more than {most}"
 
     def _see(self, columns: int) -> None:
         """A window of so many columns at least; it grows by half, for few recordings."""
@@ -160,28 +183,63 @@ class ReplayedDecoding(Decoding):
         super()._take(order)
         self.seen = self.seen[order]
 
-    # ── recording
 
-    def _recorded(self) -> Callable[[], None]:
-        """The step, recorded; by Python where that cannot be done."""
-        self.advance = self._step
-        if self.records and self.tokens.is_cuda:
+class Recorder:
+    """Makes the recordings of all calls of a generator, in one pool of memory; after one that failed no more."""
+
+    def __init__(self) -> None:
+        self.possible, self.told = True, False
+        self.pool: Any = None
+        self.newest: Step | None = None  # keeps the pool: its memory serves the recordings of the next call
+
+    def record(self, step: Step, name: str, device: torch.device) -> Step | None:
+        """A CUDA graph of what `step` launches; None where there can be none. `name`: of the model."""
+        if not self.possible or device.type != "cuda":
+            return None
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
             try:
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                self.advance = record(self._step, self.pool, self.tokens.device)
-                self.recordings.append(self.advance)
-            except RuntimeError as error:
-                self.records = False
-                self.tell(f"a step of {type(self.model).__name__} cannot be recorded ({str(error).splitlines()[0]})")
-        return self.advance
+                self.newest = record(step, self.pool, device)
+            except torch.OutOfMemoryError:  # while it records torch cannot give back what it keeps
+                torch.cuda.empty_cache()
+                self.newest = record(step, self.pool, device)
+        except RuntimeError as error:
+            self.possible = False
+            self.tell(f"a step of {name} cannot be recorded ({first_line(error)})")
+            return None
+        return self.newest
+
+    def tell(self, reason: str) -> None:
+        """Say once why steps are not replayed."""
+        if not self.told:
+            logger.info("decode steps are launched one by one, which takes longer: %s", reason)
+        self.told = True
 
 
 def differ(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors, of the largest entry."""
-    return float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp(min=1e-6))
+    """The largest difference of two tensors of logits, of the largest entry."""
+    a, b = a.float(), b.float()
+    inside = (a.abs() < MASKED) | (b.abs() < MASKED)
+    a, b = torch.where(inside, a, 0), torch.where(inside, b, 0)
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
 
 
-def record(step: Callable[[], None], pool: Any, device: torch.device) -> Callable[[], None]:
+def first_line(error: BaseException) -> str:
+    """What an error says, shortly."""
+    return (str(error).splitlines() or [""])[0]
+
+
+@contextlib.contextmanager
+def without_cache(kind: str) -> Iterator[None]:
+    """Autocast, if it is on, without its cache of weights: what a graph reads has to stay where it is."""
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
+        yield
+
+
+def record(step: Step, pool: Any, device: torch.device) -> Step:
     """A CUDA graph of what `step` launches; nothing is computed yet. RuntimeError where `step` waits for the GPU."""
     graph, stream = torch.cuda.CUDAGraph(), recording_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -190,10 +248,22 @@ def record(step: Callable[[], None], pool: Any, device: torch.device) -> Callabl
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             step()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            abandon(graph, pool, stream.device_index)
+            raise
+        graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
+
+
+def abandon(graph: Any, pool: Any, device: int) -> None:
+    """End a recording in which something failed: CUDA refuses to, and torch's allocator is to stop recording too.
+
+    Otherwise it would believe for the rest of the process that a recording is under way, and give back no memory.
+    """
+    for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device, pool)):
+        with contextlib.suppress(RuntimeError):  # that of the step is raised
+            end()
 
 
 @lru_cache

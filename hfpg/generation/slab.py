@@ -56,7 +56,7 @@ class SlabLayer(DynamicLayer):
         In the precision of autocast, to which attention would round them anyway: rotary embeddings leave keys in fp32.
         """
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if torch.is_autocast_enabled(self.device.type):
+        if torch.is_autocast_enabled(self.device.type) and self.dtype != torch.float64:
             self.dtype = torch.get_autocast_dtype(self.device.type)
         shapes = [(self.rows, *x.shape[1:-2], self.columns, x.shape[-1]) for x in (key_states, value_states)]
         self.slabs = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]

@@ -33,13 +33,19 @@ def tf32(enabled: bool) -> Iterator[None]:
         yield
         return
     matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
+    newer = getattr(matmul, "fp32_precision", None)  # its name from torch 2.9 on; the older one moves both
+    try:
+        older = matmul.allow_tf32
+        matmul.allow_tf32 = True
+    except RuntimeError:  # somebody has used the newer name, and torch forbids to mix them
+        older, matmul.fp32_precision = None, "tf32"
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        if older is not None:
+            matmul.allow_tf32 = older
+        if newer is not None:
+            matmul.fp32_precision = newer
 
 
 def available() -> bool:

@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, int]] = {
     "T": dict(samples=8, epochs=2, micro_positions=64, prompt_length=6, completion_length=10),
     "S": dict(samples=64, epochs=4, micro_positions=1024),
     "M": dict(samples=16, epochs=2, micro_positions=512),  # and every folder
-    "Q": dict(samples=256, epochs=1, micro_positions=20480, prompt_length=64, completion_length=256),
+    "Q": dict(samples=256, epochs=1, micro_positions=16384, prompt_length=64, completion_length=256),
 }
 
 

@@ -1,18 +1,21 @@
 """Steps of fixed shape, as a GPU replays them: the tokens of the stock loop. Here Python takes them one by one."""
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfpg.generation import loop, replay
-from hfpg.generation.replay import PATIENCE, WINDOW, ReplayedDecoding, differ, stands_still
+from hfpg.generation.replay import PATIENCE, WINDOW, Recorder, ReplayedDecoding, differ, stands_still
 from hfpg.generation.slab import SlabLayer
 from hfpg.generation.stock import Finished
 from hfpg.models import ActorCritic
 from tests import tiny
-from tests.generation.test_loop import EQUAL, LOOPED, RAGGED, STOPS, both, build, draw, prompts, score
+from tests.generation.test_loop import EQUAL, LOOPED, RAGGED, STOPS, assert_same, both, build, draw, prompts, score
 
 
 FIXED = [kind for kind in LOOPED if kind != "gemma2"]  # whose attention is "eager"
@@ -25,7 +28,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     plain = ReplayedDecoding._recorded
 
     def counted(self: ReplayedDecoding) -> Any:
-        taken.append((len(self.tokens), self.window))
+        if taken[-1:] != [(len(self.tokens), self.window)]:  # a CPU has no recording, and is asked for one again
+            taken.append((len(self.tokens), self.window))
         return plain(self)
 
     monkeypatch.setattr(loop, "stands_still", lambda *_: True)
@@ -123,20 +127,99 @@ def test_a_model_that_fixed_steps_would_change_is_decoded_by_its_own_and_says_so
     assert "LlamaForCausalLM says something else by steps of fixed shape" in caplog.text
 
 
-def test_where_recording_fails_steps_are_taken_one_by_one(steps, monkeypatch: pytest.MonkeyPatch):
-    told: list[str] = []
-    decoding = ReplayedDecoding.__new__(ReplayedDecoding)
-    decoding.records, decoding.pool, decoding.model, decoding.tell = True, 1, build("gpt2"), told.append
-    decoding.tokens = type("OnGPU", (), {"is_cuda": True, "device": None, "__len__": lambda self: 1})()
-    decoding.window, decoding._step, decoding.recordings = 64, lambda: None, []
+def test_where_recording_fails_steps_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch, caplog):
+    tried = []
 
     def refused(*_: Any) -> None:
+        tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(replay, "record", refused)
-    assert decoding._recorded() is decoding._step and not decoding.records
-    assert decoding._recorded() is decoding._step, "and is not tried again"
-    assert told == ["a step of GPT2LMHeadModel cannot be recorded (operation not permitted when stream is capturing)"]
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    recorder = Recorder()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert recorder.record(lambda: None, "GPT2LMHeadModel", torch.device("cuda", 0)) is None
+    assert len(tried) == 1, "and is not tried again"
+    assert "launched one by one, which takes longer: a step of GPT2LMHeadModel cannot be recorded" in caplog.text
+    assert "(operation not permitted when stream is capturing)" in caplog.text and "more" not in caplog.messages[-1]
+
+
+def test_where_memory_is_short_what_torch_keeps_is_given_back_first(monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+
+    def short(*_: Any) -> Any:
+        done.append("record")
+        if len(done) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return len
+
+    monkeypatch.setattr(replay, "record", short)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    assert Recorder().record(lambda: None, "x", torch.device("cuda", 0)) is len
+    assert done == ["record", "empty", "record"]
+
+
+def test_steps_read_no_weights_that_another_thread_can_free(steps, monkeypatch: pytest.MonkeyPatch):
+    """Leaving autocast in any thread clears the cache of cast weights of the whole process."""
+    model = build("llama")
+
+    def draw_in_bf16() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return draw(model, prompts(RAGGED, 8), True)[0]
+
+    expected, casts = draw_in_bf16(), []
+    plain = ReplayedDecoding._step
+
+    def watched(self: ReplayedDecoding) -> None:
+        with CountCasts(model) as count:
+            plain(self)
+        casts.append(count.of_matrices)
+
+    monkeypatch.setattr(ReplayedDecoding, "_step", watched)
+    assert_same(draw_in_bf16(), expected)
+    assert casts and not any(casts), "linear layers hold their own"
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts the matrices of a model that are cast inside."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.matrices = {p.data_ptr() for p in model.parameters() if p.dim() == 2}
+        self.of_matrices = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.matrices:
+            self.of_matrices += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_float64_policy_under_autocast_stays_float64(steps):
+    model = build("llama").double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert draw(model, prompts(RAGGED, 4), True)[0].sampler_logprobs.dtype == torch.float64
+
+
+def test_nothing_of_a_call_outlives_it(steps):
+    """Keys and values of a call are large: they must not wait for the garbage collector."""
+    alive: list[Any] = []
+    plain = SlabLayer.lazy_initialization
+
+    def noted(self: SlabLayer, *states: torch.Tensor) -> None:
+        plain(self, *states)
+        alive.extend(weakref.ref(slab) for slab in self.slabs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlabLayer, "lazy_initialization", noted)
+        gc.collect()
+        gc.disable()
+        try:
+            draw(build("llama"), prompts(RAGGED, 4), True)
+            assert alive and not any(ref() is not None for ref in alive)
+        finally:
+            gc.enable()
 
 
 def test_only_on_a_gpu_and_with_a_mask_and_without_strings():
