@@ -28,7 +28,7 @@ FEWEST_TOKENS = 128  # in a chunk, or its products are slow …
 LARGEST_BYTES = 30 << 20  # … but no larger than this: by default glibc gives back what is above 32 MB
 KEPT_BYTES = 32 << 20  # of chunks that stay for the backward pass
 GPU_BYTES = 512 << 20  # of a chunk, and of those that stay, on a GPU: it takes many numbers to keep one busy …
-GPU_MULTIPLE = 128  # … in products of sizes that are multiples: of 883 tokens they take 2.5 times as long as of 896
+GPU_MULTIPLE = 128  # … in products of even sizes: for 883 tokens cuBLAS falls to a kernel of an older card
 GRAIN = 32  # tokens: of larger batches the number is made up to a multiple
 
 SlopesOf = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
