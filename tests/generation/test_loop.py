@@ -190,8 +190,8 @@ def test_calls_do_not_move_a_token():
     assert_same(back, whole)
 
 
-def test_what_memory_held_before_does_not_matter(monkeypatch: pytest.MonkeyPatch):
-    """A masked column has weight 0, and 0 times NaN is NaN."""
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of keys and values that holds NaN before it is filled."""
     plain = SlabLayer.lazy_initialization
 
     def poisoned(self: SlabLayer, *states: torch.Tensor) -> None:
@@ -200,6 +200,11 @@ def test_what_memory_held_before_does_not_matter(monkeypatch: pytest.MonkeyPatch
             slab.fill_(torch.nan)
 
     monkeypatch.setattr(SlabLayer, "lazy_initialization", poisoned)
+
+
+def test_what_memory_held_before_does_not_matter(monkeypatch: pytest.MonkeyPatch):
+    """A masked column has weight 0, and 0 times NaN is NaN."""
+    poison(monkeypatch)
     assert both(build("gpt2"), prompts(RAGGED, 4)).sampler_logprobs.isfinite().all()
 
 

@@ -15,7 +15,19 @@ from hfpg.generation.slab import SlabLayer
 from hfpg.generation.stock import Finished
 from hfpg.models import ActorCritic
 from tests import tiny
-from tests.generation.test_loop import EQUAL, LOOPED, RAGGED, STOPS, assert_same, both, build, draw, prompts, score
+from tests.generation.test_loop import (
+    EQUAL,
+    LOOPED,
+    RAGGED,
+    STOPS,
+    assert_same,
+    both,
+    build,
+    draw,
+    poison,
+    prompts,
+    score,
+)
 
 
 FIXED = [kind for kind in LOOPED if kind != "gemma2"]  # whose attention is "eager"
@@ -97,15 +109,8 @@ def test_values_and_entropy_are_those_of_the_scoring_forward(steps):
 
 
 def test_what_memory_held_before_does_not_matter(steps, monkeypatch: pytest.MonkeyPatch):
-    plain = SlabLayer.lazy_initialization
-
-    def poisoned(self: SlabLayer, *states: torch.Tensor) -> None:
-        plain(self, *states)
-        for slab in self.slabs:
-            slab.fill_(torch.nan)
-
-    monkeypatch.setattr(SlabLayer, "lazy_initialization", poisoned)
-    assert both(build("gpt2"), prompts(RAGGED, 4)).sampler_logprobs.isfinite().all()
+    poison(monkeypatch)
+    assert both(build("gpt2"), prompts(RAGGED, 4)).sampler_logprobs.isfinite().all() and steps
 
 
 def test_recordings_are_few(steps):
