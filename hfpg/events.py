@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -13,8 +14,11 @@ from hfpg.config import TrainConfig
 from hfpg.distributed import same_everywhere
 
 
-def training_arguments(args: TrainConfig) -> TrainingArguments:
-    """A real TrainingArguments with what TrainConfig shares with it, for callbacks to read."""
+def training_arguments(args: TrainConfig, device: torch.device) -> TrainingArguments:
+    """A real TrainingArguments with what TrainConfig shares with it, for callbacks to read.
+
+    It refuses `bf16` without a GPU, unless it hears that the CPU is meant.
+    """
     return TrainingArguments(
         output_dir=str(args.output_dir),
         max_steps=args.max_steps,
@@ -36,7 +40,7 @@ def training_arguments(args: TrainConfig) -> TrainingArguments:
         run_name=args.run_name,
         disable_tqdm=args.disable_tqdm,
         bf16=args.bf16,
-        use_cpu=args.use_cpu,
+        use_cpu=device.type == "cpu",
         metric_for_best_model="eval_score",
         greater_is_better=True,
         accelerator_config={"use_configured_state": True},  # or it would reset the Accelerator that exists
@@ -59,7 +63,7 @@ class Events:
         processing_class: Any,
         learner: Any,
     ):
-        self.args, self.accelerator = training_arguments(args), learner.accelerator
+        self.args, self.accelerator = training_arguments(args, learner.accelerator.device), learner.accelerator
         main = self.accelerator.is_main_process
         self.state = TrainerState(is_local_process_zero=main, is_world_process_zero=main, max_steps=args.max_steps)
         self.state.num_input_tokens_seen = 0

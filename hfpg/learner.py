@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from hfpg.config import TrainConfig, require
-from hfpg.linear import onednn_linears, precise_head
+from hfpg.linear import own_products
 from hfpg.micro_batches import R, balance, clip_columns, micro_batches, model_inputs, trim
 from hfpg.models import ActorCritic, Reference
 from hfpg.ops.direct import adding_to, keeping_blocks
@@ -104,7 +104,7 @@ class Learner:
         times = 1 if samples.completion_ids.device.type == "cpu" else 4
         for rows in self.micro_batches(samples, times * self.args.max_tokens_per_micro_batch):
             inputs = model_inputs(trim(samples.take(rows)), self.args.temperature)
-            with self.accelerator.autocast(), self._own_products():
+            with self.accelerator.autocast(), own_products(self.actor, causal_lm(self.actor.policy)):
                 said = self._said(inputs, with_last_values, given)
             for name, values in said.items():
                 put(name, rows, values if name.endswith("_states") else at_least_single(values))
@@ -241,7 +241,7 @@ class Learner:
                 reference = self.reference if with_kl else None
                 slopes = Slopes(loss, part, credit, world * coefficients[rows, :width]) if token_local else None
                 # around the backward pass too: it makes parts of the forward again, which has to be the same one
-                with adding_to(*self._direct()), self._own_products():
+                with adding_to(*self._direct()), own_products(self.actor, causal_lm(self.actor.policy)):
                     new = self.model(**inputs, with_entropy=with_entropy, reference=reference, slopes=slopes)
                     token = loss(new, part, credit)
                     weighted = torch.where(part.completion_mask, token.loss, 0) * coefficients[rows, :width]
@@ -294,11 +294,6 @@ class Learner:
         middle = len(batch) // 2
         halves = batch[:middle], batch[middle:]
         return [fits for half in halves for fits in self._fitting(rows, half, max_tokens)]
-
-    @contextlib.contextmanager
-    def _own_products(self) -> Iterator[None]:
-        with onednn_linears(self.actor), precise_head(causal_lm(self.actor.policy)):
-            yield
 
     def _direct(self) -> list[Tensor]:
         """Matrices whose gradient is added up in place: hooks, by which processes average theirs, would miss it."""

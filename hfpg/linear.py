@@ -33,6 +33,13 @@ def onednn_linears(model: nn.Module, sizes: Callable[[int], int] = lambda rows: 
 
 
 @contextmanager
+def own_products(model: nn.Module, lm: PreTrainedModel) -> Iterator[None]:
+    """Inside, linear layers of `model` multiply by oneDNN on a CPU, and the LM head of `lm`, in it, precisely."""
+    with onednn_linears(model), precise_head(lm):
+        yield
+
+
+@contextmanager
 def half_linears(model: nn.Module) -> Iterator[None]:
     """Inside, under autocast, the linear layers of a model hold their fp32 weights in autocast's precision themselves.
 

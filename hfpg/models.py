@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
 from hfpg.frozen import skipping, states_below
-from hfpg.linear import onednn_linears, precise_head
+from hfpg.linear import own_products, precise_head
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
 from hfpg.ops.direct import is_direct, look_up
 from hfpg.ops.head import SlopesOf, head_scores
@@ -408,7 +408,7 @@ class Reference:
         """log π_ref of given completions [B, C]; arguments as for `ActorCritic.forward`."""
         if not self.shares_frozen:
             rows = rows | {"prompt_states": None, "completion_states": None}
-        with self.off(), onednn_linears(self.scorer), precise_head(causal_lm(self.scorer.policy)):
+        with self.off(), own_products(self.scorer, causal_lm(self.scorer.policy)):
             found: Tensor = self.scorer(**rows, with_values=False).logprobs
         if self.copy is not None:
             self.copy.let_go()

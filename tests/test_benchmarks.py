@@ -68,6 +68,17 @@ def test_a_side_that_did_other_work_is_refused() -> None:
         check(Work(epochs=2, steps=2), Run("x", [lap(1), lap(1)], 0, 0))
 
 
+def test_flags_reach_the_run() -> None:
+    plain, other = toy(), toy("--no-recording", "--bf16", "--liger", "--device", "cuda", "--generations", "2")
+    assert hfpg_side.config(plain, "x").generation_kwargs is None and hfpg_side.config(plain, "x").use_cpu
+    settings = hfpg_side.config(other, "x")
+    assert settings.generation_kwargs == {"disable_compile": True} and other.generations == 2
+    assert settings.bf16 and settings.use_liger_kernel and not settings.use_cpu
+    theirs = trl_side.settings(other, "x")
+    assert theirs["bf16"] and theirs["use_liger_kernel"] and not theirs["use_cpu"]
+    assert "bf16, liger, no recordings" in other.describe()
+
+
 def test_trl_ppo_needs_a_folder() -> None:
     with pytest.raises(SystemExit, match="TRL has no PPO since 1.13; .* or --against none"):
         step.main(["--model", "T", "--algorithm", "ppo"])

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from hfpg.algorithms import GRPO, PPO
 from hfpg.config import TrainConfig
 from hfpg.learner import parameter_groups
+from hfpg.linear import own_products
 from hfpg.micro_batches import balance, micro_batches, model_inputs
 from hfpg.models import ActorCritic
 from hfpg.types import TokenLoss
@@ -193,7 +194,7 @@ def test_under_bf16_the_gradient_of_the_head_is_in_single_precision():
     rollout, _ = build.rollout_of(build.draw(by.actor), by)
     head = by.actor.policy.get_output_embeddings()
     (expected,) = torch.autograd.grad(head_in_single(by.actor, rollout).sum(), head.weight)
-    with by._own_products():
+    with own_products(by.actor, by.actor.policy):
         by.model(**model_inputs(rollout, 1.0)).logprobs.sum().backward()
     torch.testing.assert_close(head.weight.grad, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 

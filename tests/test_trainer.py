@@ -649,3 +649,10 @@ def test_a_resumed_rank_knows_that_it_is_not_the_main_one(tmp_path, monkeypatch)
     monkeypatch.setattr(trainer, "_on_main", lambda do: None)
     trainer._begin(None)
     assert not trainer.state.is_world_process_zero and not trainer.state.is_local_process_zero
+
+
+def test_bf16_on_a_machine_without_a_gpu(tmp_path):
+    """Whether or not the CPU is asked for by name; a head in fp32, so old log-probs are scored again and agree."""
+    trainer = build.trainer(tmp_path, bf16=True, use_cpu=False)
+    found = trainer.train()
+    assert trainer.run.sampler_gap is None and found["first_log_ratio_max"] < 1e-4

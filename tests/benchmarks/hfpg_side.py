@@ -68,6 +68,7 @@ def config(work: Work, output_dir: str) -> TrainConfig:
         use_cpu=work.device == "cpu",
         bf16=work.bf16,
         use_liger_kernel=work.liger,
+        generation_kwargs=None if work.recording else {"disable_compile": True},
         save_steps=0,
         completions_steps=0,
         disable_tqdm=True,

@@ -75,6 +75,7 @@ class Work:
     device: Literal["cpu", "cuda"] = "cpu"
     bf16: bool = False  # autocast
     liger: bool = False  # the layers of liger-kernel
+    recording: bool = True  # hfpg alone: decode steps of a GPU as CUDA graphs
     threads: int = 1
     steps: int = 3  # measured; one more before them is warm-up
     seed: int = 0
@@ -111,6 +112,7 @@ class Work:
         part += "" if self.products == "onednn" else ", torch's products"
         part += ", bf16" if self.bf16 else ""
         part += ", liger" if self.liger else ""
+        part += "" if self.recording else ", no recordings"
         prompts = self.prompt_length if self.prompts == "fixed" else "{}–{}".format(*RAGGED_PROMPTS)
         return (
             f"{self.algorithm.upper()}{critic}, {self.model}{part}, {law}completions ≤ {self.completion_length}, "
@@ -133,6 +135,7 @@ def add_work_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--bf16", action="store_true", help="Autocast to bfloat16, on both sides.")
     add("--liger", action="store_true", help="liger-kernel's layers, on both sides; a GPU's.")
+    add("--no-recording", dest="recording", action="store_false", help="Decode steps one by one; for hfpg alone.")
     add("--threads", type=int, default=1)
     add("--steps", type=int, default=3, help="Measured steps; one more before them is warm-up.")
     add("--seed", type=int, default=0)
