@@ -76,12 +76,14 @@ def test_temperature_and_kept_sets(steps, law: dict[str, Any]):
         {"max_completion_length": PATIENCE + 1},
         {"max_completion_length": 80, "stop_token_ids": STOPS[:1]},
         {"max_tokens": 100},
+        {"max_completion_length": 300},
     ],
 )
 @pytest.mark.parametrize("copies", [1, 3])
 def test_the_edges(steps, options: dict[str, Any], copies: int):
     samples = both(build("qwen2"), prompts(RAGGED, copies), **options)
     assert samples.completion_mask[:, 0].all() and samples.completion_mask.any(0).all()
+    assert options != {"max_completion_length": 300} or samples.finished.all(), "long before the limit"
 
 
 def test_greedy(steps):
