@@ -62,6 +62,7 @@ class RunState:
     position: int = 0  # prompts taken from the endless stream
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)  # what evaluations have shown; see report/watch.py
+    guards: dict[str, Any] = dataclasses.field(default_factory=dict)  # steps in a row; see guards.py
     sampler_gap: float | None = None  # largest relative difference of sampling and scoring, if looked at
 
 

@@ -31,6 +31,15 @@ class Guards:
         self.constant: Constant = {}  # reward functions that tell nothing apart
         self.stuck = 0  # steps in a row
 
+    def counts(self) -> dict[str, Any]:
+        """How many steps in a row, for a checkpoint: a resumed run counts on."""
+        return {"constant": self.constant, "stuck": self.stuck}
+
+    def resume(self, counts: Mapping[str, Any]) -> None:
+        """Go on from the `counts` of a checkpoint; from none where it is older than they are."""
+        self.constant = {name: (value, steps) for name, (value, steps) in counts.get("constant", {}).items()}
+        self.stuck = counts.get("stuck", 0)
+
     def first_scores(self, rollout: Rollout, tokenizer: Any) -> None:
         """Say what the run's first scores already tell about the judge; see `hfpg reward check`."""
         if self.looked:

@@ -312,7 +312,7 @@ class PolicyGradientTrainer:
         return result
 
     def _write_checkpoint(self) -> Path:
-        self.run.algorithm = dataclasses.asdict(self.algorithm_state)
+        self.run.algorithm, self.run.guards = dataclasses.asdict(self.algorithm_state), self.guards.counts()
         path = save_checkpoint(
             self.output_dir, self.learner, self.processing_class, self.state, self.run, self._settings(), self.replay
         )
@@ -532,6 +532,7 @@ class PolicyGradientTrainer:
             main = self.accelerator.is_main_process  # the file was written by the main process
             self.state.is_world_process_zero = self.state.is_local_process_zero = main
             self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
+            self.guards.resume(self.run.guards)
             self.replay.load(path, self.accelerator.device)
             self._saved_step = self.state.global_step
             self.events.handler.lr_scheduler = self.learner.scheduler  # made anew for the step that is resumed

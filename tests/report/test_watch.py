@@ -303,6 +303,24 @@ def test_stop_constant_ends_the_run_saved_and_with_status_3(tmp_path, capsys):
     assert "what was trained is saved: resume_from_checkpoint=True goes on from" in out.replace("\n", " ")
 
 
+def test_the_steps_in_a_row_that_a_guard_counts_are_counted_on_in_a_resumed_run(tmp_path):
+    setup = dict(reward=[flat], max_steps=9, stop_constant=4, save_steps=1)
+    with pytest.raises(GuardStop):
+        build.trainer(tmp_path, **setup).train()
+    resumed = build.trainer(tmp_path, **setup)
+    with pytest.raises(GuardStop):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+    nothing = dict(reward=lambda completions: [None] * len(completions), max_steps=9, save_steps=1)
+    with pytest.raises(GuardStop):
+        build.trainer(tmp_path / "b", **nothing).train()
+    resumed = build.trainer(tmp_path / "b", **nothing)
+    with pytest.raises(GuardStop):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert resumed.state.global_step == 3
+
+
 def test_stop_constant_goes_on_while_any_function_that_scores_tells_apart(tmp_path):
     build.trainer(tmp_path, reward=[flat, tiny.count_a], max_steps=5, stop_constant=2).train()
     with pytest.raises(ConfigError, match="stop_constant=-1 must be 0 .off. or more"):
