@@ -3,16 +3,16 @@
 A checkpoint is a folder `checkpoint-N`: the policy as a plain Hugging Face folder with its tokenizer and value head,
 the optimizer's moments as safetensors, and the run's small state as JSON. It holds no random number state (every draw
 is keyed) and no pickle. It is written under another name and renamed when whole, so a folder called `checkpoint-N` is
-complete.
+complete; it lists its files with sizes and checksums, so one that was damaged later is known as such.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from hfpg.config import ConfigError, no_progress_bar, require
+from hfpg.integrity import changed_file, file_sums, sealed, unsealed
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, load_value_head, save_actor_critic
 from hfpg.pretrained import is_peft
@@ -28,6 +29,7 @@ from hfpg.replay import REPLAY_FILE, Replay
 
 FORMAT = 1
 STATE_FILE = "hfpg_state.json"  # written last: a folder without it is no checkpoint
+BEST_FILE = "hfpg_step"  # in `best`: the step whose model it is
 OPTIMIZER_FILE = "optimizer.safetensors"
 MAY_CHANGE = {  # every other setting changes what is trained
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "max_steps", "use_cpu"),
@@ -47,6 +49,7 @@ MAY_CHANGE = {  # every other setting changes what is trained
         "push_to_hub",
     ),
     *("hub_model_id", "hub_private_repo", "model_revision", "trust_remote_code"),
+    "reward_funcs",  # a judge that failed may be mended; the trainer says it
 }
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -64,6 +67,10 @@ class RunState:
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)  # what evaluations have shown; see report/watch.py
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)  # steps in a row; see guards.py
     sampler_gap: float | None = None  # largest relative difference of sampling and scoring, if looked at
+    fisher_trial: int | None = None  # how TRPO's products are made; see natural.py
+    first_evaluation: dict[str, Any] | None = None
+    evaluation_due: bool = False  # the run was stopped before this step's evaluation was done
+    seconds: float = dataclasses.field(default=0.0, compare=False)  # spent in the loop
 
 
 def save_checkpoint(
@@ -91,8 +98,8 @@ def save_checkpoint(
         if replay is not None and replay.rollouts:
             save_file(replay.state(), work / REPLAY_FILE)
         trainer_state.save_to_json(str(work / "trainer_state.json"))
-        state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config}
-        (work / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+        state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config, "files": file_sums(work)}
+        (work / STATE_FILE).write_text(sealed(state))
     except Exception as error:
         shutil.rmtree(work, ignore_errors=True)
         free = shutil.disk_usage(folder).free // 2**20
@@ -106,24 +113,75 @@ def save_checkpoint(
 
 
 def replace_folder(whole: Path, target: Path) -> None:
-    """Put a folder that is complete in the place of another one, if there is one."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Put a folder that is complete in the place of another one, which is removed only then."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
     os.replace(whole, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None: they are those that were written."""
+    try:
+        written = unsealed((path / STATE_FILE).read_text()).get("files", {})
+    except (OSError, ValueError) as error:
+        return f"{STATE_FILE} cannot be read: {error}"
+    return changed_file(path, written)
+
+
+def undamaged(path: Path, by_name: bool, say: Callable[[str], None]) -> Path:
+    """The checkpoint, or where it was not named and is damaged the newest older one beside it that is not.
+
+    Raises:
+        ConfigError: a named checkpoint is damaged, or all are.
+    """
+    wrong = damage(path)
+    if wrong is None:
+        return path
+    older = [p for p in checkpoints(path.parent) if NAME.fullmatch(path.name) and number_of(p) < number_of(path)]
+    others = f"older ones are there: {[p.name for p in older]}" if older else "start anew in another output_dir"
+    require(not by_name and bool(older), f"the checkpoint {path} is damaged: {wrong}; {others}")
+    say(f"warning: the checkpoint {path} is damaged: {wrong}; trying {older[-1].name}")
+    return undamaged(older[-1], by_name, say)
+
+
+def number_of(path: Path) -> int:
+    """N of checkpoint-N."""
+    return int(path.name.split("-")[1])
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=number_of)
 
 
 def set_aside(folder: Path, step: int) -> None:
     """Rename checkpoints beyond `step`: the run goes on from there, and a later "newest" must not find them."""
     for path in checkpoints(folder):
-        if int(path.name.split("-")[1]) > step:
+        if number_of(path) > step:
             aside = path.with_name(f"{path.name}.abandoned")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
+
+
+def put_best(whole: Path, best: Path, step: int) -> None:
+    """The folder of the best model, that of `step`, in the place of the best so far."""
+    (whole / BEST_FILE).write_text(str(step))
+    replace_folder(whole, best)
+
+
+def best_fits(best: Path, step: int | None) -> bool:
+    """Whether the folder of the best model holds that of `step` (None: there is none yet); if not it is set aside."""
+    mark = best / BEST_FILE
+    held = int(mark.read_text()) if mark.is_file() else None
+    if held == step or (best.is_dir() and held is None):  # an older hfpg did not say
+        return True
+    if best.is_dir():
+        replace_folder(best, best.with_name(f"{best.name}.abandoned"))
+    return False
 
 
 def rotate(folder: Path, keep: int | None) -> None:
@@ -160,7 +218,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: written by a newer hfpg.
     """
-    state = json.loads((path / STATE_FILE).read_text())
+    state = unsealed((path / STATE_FILE).read_text())
     require(
         state["format"] <= FORMAT,
         f"{path} has checkpoint format {state['format']}, this hfpg reads up to {FORMAT}; update hfpg",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ from hfpg.report.clock import Clock
 from hfpg.rewards import Judge
 from hfpg.rewards.judge import Heard, Log, merge_rounds, merge_said
 from hfpg.types import Prompts, Samples, Scores, Text, join
+
+
+@contextmanager
+def giving_up(judge: ThreadPoolExecutor) -> Iterator[None]:
+    """After an exception nothing more is judged than what is in hand: a run that ends has to be saved soon."""
+    try:
+        yield
+    except BaseException:
+        judge.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 class Collector:
@@ -101,7 +112,7 @@ class Collector:
         per_prompt = self.algorithm.num_generations
         parts = torch.arange(len(rows)).tensor_split(min(self.args.judge_chunks, len(rows)))
         drawn: list[tuple[Prompts, Samples]] = []
-        with ThreadPoolExecutor(1) as judge:
+        with ThreadPoolExecutor(1) as judge, giving_up(judge):
             said = []
             for part in parts:
                 ids = sample_ids.view(-1, per_prompt)[part].flatten()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from hfpg.config import TrainConfig
 from hfpg.distributed import same_everywhere
@@ -78,6 +78,25 @@ class Events:
     def fire(self, event: str, **values: Any) -> None:
         """Call one event of every callback; the handler resets the flags that the event answers."""
         self.control = getattr(self.handler, event)(self.args, self.state, self.control, **values)
+
+    def remember(self) -> None:
+        """Put what callbacks count into the state, for a checkpoint: EarlyStoppingCallback's patience, say."""
+        self.state.stateful_callbacks = {}
+        for callback in self._stateful():
+            self.state.stateful_callbacks.setdefault(type(callback).__name__, []).append(callback.state())
+
+    def recall(self, state: TrainerState) -> None:
+        """Go on from the state of a checkpoint; callbacks get what they had counted, and keep their settings."""
+        self.state = state
+        self.state.is_world_process_zero = self.state.is_local_process_zero = self.accelerator.is_main_process
+        saved = {name: list(states) for name, states in (state.stateful_callbacks or {}).items()}
+        for callback in self._stateful():
+            if states := saved.get(type(callback).__name__):
+                for name, value in states.pop(0)["attributes"].items():
+                    setattr(callback, name, value)
+
+    def _stateful(self) -> list[Any]:
+        return [callback for callback in self.handler.callbacks if isinstance(callback, ExportableState)]
 
     def add(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Add a callback to a trainer that exists."""

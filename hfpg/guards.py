@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from hfpg.config import GuardStop
 from hfpg.report.completions import shown
@@ -30,6 +33,7 @@ class Guards:
         self.said_dropped = False
         self.constant: Constant = {}  # reward functions that tell nothing apart
         self.stuck = 0  # steps in a row
+        self.broken = False  # the policy: nothing of it is to be kept
 
     def counts(self) -> dict[str, Any]:
         """How many steps in a row, for a checkpoint: a resumed run counts on."""
@@ -74,9 +78,31 @@ class Guards:
                 "`hfpg reward check`, or sample more widely (temperature, num_generations)"
             )
 
+    def policy(self, rollout: Rollout) -> None:
+        """GuardStop when the policy gives tokens that it has just drawn no finite log-prob."""
+        bad = ~torch.isfinite(rollout.old_logprobs) & rollout.completion_mask
+        if bad.any():
+            self.broken = True
+            raise GuardStop(
+                f"the policy is broken: it gives {int(bad.sum())} of {int(rollout.completion_mask.sum())} tokens a "
+                "log-prob that is not finite. Go on from an older checkpoint with a smaller learning_rate"
+            )
+
+    def weights(self, parameters: Iterable[Tensor]) -> None:
+        """GuardStop when weights are not finite."""
+        if not all(bool(torch.isfinite(p).all()) for p in parameters):
+            self.broken = True
+            raise GuardStop(
+                "the policy is broken: weights that are not finite are not saved. Go on from an older checkpoint with "
+                "a smaller learning_rate"
+            )
+
     def update(self, failed: bool) -> None:
-        """GuardStop when the updates of STUCK_STEPS steps in a row failed."""
+        """Count how many steps in a row have failed to change the policy."""
         self.stuck = self.stuck + 1 if failed else 0
+
+    def changes(self) -> None:
+        """GuardStop when the updates of STUCK_STEPS steps in a row failed."""
         if self.stuck >= STUCK_STEPS:
             raise GuardStop(
                 "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "

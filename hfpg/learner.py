@@ -76,6 +76,7 @@ class Learner:
             fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(actor, optimizer)
+        self.fisher_trial: int | None = None  # what a trial said of second derivatives; see natural.py
         self.start_schedule(turn=0)
 
     # ── scoring

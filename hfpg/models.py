@@ -464,13 +464,26 @@ def save_actor_critic(actor: ActorCritic, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with no_progress_bar():
-        actor.policy.save_pretrained(folder)
+        _save_policy(actor.policy, folder)
     (folder / ABOUT_FILE).write_text(json.dumps({"format": 1, "value": actor.value_kind}) + "\n")
     if actor.value is not None:
         save_file(_contiguous(actor.value.linear.state_dict()), folder / HEAD_FILE)
         if actor.value.trunk is not None:
             (folder / TRUNK_FOLDER).mkdir(exist_ok=True)
             save_file(_contiguous(actor.value.trunk.state_dict()), folder / TRUNK_FOLDER / "model.safetensors")
+
+
+def _save_policy(policy: Any, folder: Path) -> None:
+    """A folder that loads by its own name; peft would put an adapter with a name into a folder of that name inside."""
+    if not is_peft(policy):
+        policy.save_pretrained(folder)
+        return
+    name = policy.active_adapter
+    policy.save_pretrained(folder, selected_adapters=[name])
+    if name != "default":
+        for path in (folder / name).iterdir():
+            path.replace(folder / path.name)
+        (folder / name).rmdir()
 
 
 def load_actor_critic(path: str | Path, *, trust_remote_code: bool = False) -> ActorCritic:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,7 +35,6 @@ from hfpg.types import Estimates, Rollout
 logger = logging.getLogger(__name__)
 
 Fisher = Literal["auto", "exact", "finite_difference"]
-_TRIALS: weakref.WeakKeyDictionary[Learner, int] = weakref.WeakKeyDictionary()
 TRACE_PROBES = 2
 
 
@@ -170,17 +168,17 @@ class TrustRegion:
 
 
 def choose_fisher(region: TrustRegion, asked: Fisher, v: Tensor) -> Fisher:
-    """How products are made: as asked, or as one trial with v says, the same on every rank; one trial per learner.
+    """How products are made: as asked, or as one trial with v says, the same on every rank; one trial per run.
 
     Raises:
         ConfigError: fisher="exact" of a model whose kernels have no second derivative.
     """
     if asked == "finite_difference":
         return asked
-    if region.learner not in _TRIALS:
+    outcome = region.learner.fisher_trial
+    if outcome is None:
         found = torch.tensor([region.trial(v)], device=v.device)
-        _TRIALS[region.learner] = int(region.learner.accelerator.gather(found).max())
-    outcome = _TRIALS[region.learner]
+        outcome = region.learner.fisher_trial = int(region.learner.accelerator.gather(found).max())
     require(
         asked != "exact" or outcome < 2,
         f"fisher='exact' differentiates twice, and the attention kernels of "

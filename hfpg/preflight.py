@@ -95,8 +95,8 @@ def slug(name: str) -> str:
 def prepare_output_dir(args: TrainConfig, algorithm: Any, model_name: str, accelerator: Accelerator) -> Path:
     """The run's folder, made and proven writable; every rank gets the main process's choice.
 
-    With `overwrite_output_dir` what an earlier run left there is removed. Raises ConfigError for a folder that is a
-    file or cannot be written.
+    What an earlier run left there stays until `clear_folder`. Raises ConfigError for a folder that is a file or cannot
+    be written.
     """
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
@@ -120,9 +120,6 @@ def _output_dir(args: TrainConfig, algorithm: Any, model_name: str) -> Path:
     else:
         folder = Path(args.output_dir)
     require(not folder.is_file(), f"output_dir={str(folder)!r} is a file; name a folder")
-    if args.overwrite_output_dir and not args.resume_from_checkpoint:
-        for path in left_by_a_run(folder):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -138,13 +135,19 @@ def left_by_a_run(folder: Path) -> list[Path]:
     return [*checkpoints(folder), *(folder / name for name in OURS if (folder / name).exists())]
 
 
-def refuse_occupied(folder: Path, occupied: bool) -> None:
-    """A new run must not be mixed into another one's folder."""
+def clear_folder(folder: Path, occupied: bool, overwrite: bool) -> None:
+    """A new run must not be mixed into another one's folder: what that left there is removed if it may be.
+
+    `occupied`: it held a run when the trainer was made; another one may have begun since.
+    """
+    occupied = occupied or (folder / "run.json").exists()
     require(
-        not occupied,
+        overwrite or not occupied,
         f"output_dir={str(folder)!r} holds a run already; continue it with resume_from_checkpoint=True, choose "
         "another folder, or remove it with overwrite_output_dir=True",
     )
+    for path in left_by_a_run(folder) if occupied else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def name_of(model: Any) -> str:

@@ -50,6 +50,7 @@ def load_policy(
         # an adapter loaded for inference is frozen; here it is there to be trained
         for name, parameter in model.named_parameters():
             parameter.requires_grad = parameter.requires_grad or f".{model.active_adapter}." in name
+        refuse_unsaved(model)
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     require(bool(trained), "no parameter of the model requires a gradient; unfreeze some, or give a peft_config")
     half = [str(dtype).removeprefix("torch.") for dtype in trained if dtype.itemsize < 4]
@@ -129,6 +130,21 @@ def refuse_non_causal_class(config: Any, name: str) -> None:
 def is_peft(model: Any) -> bool:
     """True for a PeftModel, without importing peft where it is not used."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def refuse_unsaved(model: Any) -> None:
+    """Raise ConfigError for a PeftModel of which more is trained, or at work, than is saved with its adapter."""
+    from peft import get_peft_model_state_dict
+
+    active = model.active_adapters
+    require(len(active) == 1, f"the adapters {active} are active together; set one: model.set_adapter({active[0]!r})")
+    saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, adapter_name=active[0]).values()}
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
+    require(
+        not lost,
+        f"{len(lost)} parameters outside of the adapter {active[0]!r} require a gradient, such as {lost[:1]}: they "
+        "would be trained and not saved. Freeze them, or name their modules in the adapter's modules_to_save",
+    )
 
 
 def causal_lm(policy: Any) -> PreTrainedModel:

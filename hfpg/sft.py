@@ -60,6 +60,8 @@ def fine_tune(
     )
     taken = output_dir is not None and Path(output_dir).exists()
     require(not taken, f"{output_dir} exists; name a folder that does not, or remove it")
+    if output_dir is not None:
+        _refuse_unwritable(Path(output_dir))
     rows = tokenized(tokenizer, texts, prompts, getattr(model.config, "max_position_embeddings", None))
     held, learnt = rows[:held_out], rows[held_out:]
     with TemporaryDirectory() as folder:
@@ -163,6 +165,16 @@ def nll(model: Any, rows: Sequence[dict[str, list[int]]], batch: int = 32) -> fl
         count += int((labels != IGNORED).sum())
     model.train(training)
     return total / count if count else float("nan")
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    part = folder.with_name(f"{folder.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        (part / ".probe").write_text("")
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}; name another") from None
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -18,25 +18,30 @@ from transformers import TrainerCallback
 from hfpg import hub, preflight
 from hfpg.checkpoint import (
     RunState,
+    best_fits,
+    checkpoints,
     find_checkpoint,
     load_checkpoint,
-    replace_folder,
+    put_best,
+    read_state,
     rotate,
     save_checkpoint,
     set_aside,
+    undamaged,
 )
 from hfpg.collector import Collector
 from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, share, step_ends
-from hfpg.distributed import launch, raise_together
+from hfpg.distributed import launch, raise_together, same_everywhere
 from hfpg.events import Events
 from hfpg.frozen import freeze_below
 from hfpg.generation.hf import HFGenerator
 from hfpg.guards import Guards
-from hfpg.interrupt import saving_first
+from hfpg.interrupt import Interrupt
 from hfpg.kernels import check_liger, use_liger
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
+from hfpg.origin import origin
 from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.replay import Replay
 from hfpg.report.card import CardFacts, model_card
@@ -103,12 +108,12 @@ class PolicyGradientTrainer:
         require(ref_model is None or algorithm.kl_coef > 0, "ref_model is given, but kl_coef=0 never asks it anything")
         actor = self._load(model, peft_config)
         self.reference = Reference(actor, ref_model, self.output_dir) if algorithm.kl_coef > 0 else None
+        self.origin = origin(actor.policy, self.reference, ref_model, self.train_data.encoded, self.judge.names)
         self.algorithm_state = algorithm.init()
         self.run = RunState()
         self._connect(actor, generator, callbacks)
-        self.evaluations: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []  # the first one, and those since the run was resumed
         self.facts: dict[str, Any] = {}
-        self.seconds = 0.0  # spent in the loop
         self._saved_step = -1
         self._claimed = False  # the run's folder is ours to write in: fresh, or resumed
         self._updating = False
@@ -123,15 +128,16 @@ class PolicyGradientTrainer:
         """
         args, metrics = self.args, {}
         self._begin(resume_from_checkpoint)
-        with saving_first(self._save_before_the_end, self.terminal.say):
+        with self.interrupt.saving_first(self._save_before_the_end):
             while self.state.global_step < args.max_steps and not self.control.should_training_stop:
                 self.events.begin_step(self.epoch)
                 samples, scores = self.collect()  # act and judge
                 rollout = self.rescore(samples, scores)  # old and reference log-probs, values; all rows on every rank
-                metrics = self.step(rollout)  # credit and update
-                if self.events.end_step(self.epoch):  # a callback ends the epoch: on to the next
-                    self.run.position += -self.run.position % len(self.train_data)
-                self.report(rollout, metrics)
+                with self.interrupt.held():  # a signal waits for the end of an update
+                    metrics = self.step(rollout)  # credit and update
+                    if self.events.end_step(self.epoch):  # a callback ends the epoch: on to the next
+                        self.run.position += -self.run.position % len(self.train_data)
+                    self.report(rollout, metrics)
                 self.evaluate_if_due()
                 self.checkpoint_if_due()
         self._end()
@@ -184,7 +190,9 @@ class PolicyGradientTrainer:
 
     def rescore(self, samples: Samples, scores: Scores) -> Rollout:
         """The Rollout: old and reference log-probs, entropy and values, on every rank; see `hfpg.rescorer`."""
-        return self.rescorer.rollout(samples, scores)
+        rollout = self.rescorer.rollout(samples, scores)
+        self.guards.policy(rollout)
+        return rollout
 
     @torch.no_grad()
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
@@ -212,7 +220,8 @@ class PolicyGradientTrainer:
         found |= beside(found, said["metrics"])
         metrics = {f"eval_{name}": value for name, value in found.items()}
         if dataset is None:
-            self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": rows})
+            self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": [*map(list, rows)]})
+            self.run.first_evaluation = self.evaluations[0]
         ours = self._claimed or not self.occupied  # before `train`, a folder that holds a run is only looked at
         if ours:
             self.recorder.metrics(self.state.global_step, metrics)
@@ -231,10 +240,10 @@ class PolicyGradientTrainer:
             self.terminal.say(f"this evaluation says nothing of {name}: nothing was scored, or logged, under it")
             return
         watch, best = seen(Watch.resumed(self.run.watch, name), self.state.global_step, metrics[name], proxy, gold)
-        self.run.watch = dataclasses.asdict(watch)
         if best:
             whole = self.save_model(self.output_dir / "best.tmp")  # a kill in the middle leaves the best so far
-            self._on_main(lambda: replace_folder(whole, self.output_dir / "best"))
+            self._on_main(lambda: put_best(whole, self.output_dir / "best", self.state.global_step))
+        self.run.watch = dataclasses.asdict(watch)
         enough = 0 < self.args.stop_overoptimized <= watch.falling
         if enough or watch.falling >= IN_A_ROW:
             self.terminal.say(
@@ -255,7 +264,7 @@ class PolicyGradientTrainer:
         self.state.num_input_tokens_seen += tokens
         times = self.clock.read()
         seconds = sum(times.values())
-        self.seconds += seconds
+        self.run.seconds += seconds
         metrics.update(describe(rollout, self.collector.said["by_function"]))
         metrics.update({f"seconds/{name}": value for name, value in times.items()})
         metrics["dropped"] = len(self.collector.said["errors"]) / max(self.collector.said["rows"], 1)
@@ -274,11 +283,14 @@ class PolicyGradientTrainer:
             if count:
                 self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
         self.guards.scores(self.collector.said)
+        self.guards.changes()
 
     def evaluate_if_due(self) -> None:
         """Evaluate when a callback or `eval_steps` asks for it."""
-        if self.control.should_evaluate and self.eval_data is not None:
+        self.run.evaluation_due = self._evaluation_due()
+        if self.run.evaluation_due:
             metrics = self.evaluate()
+            self.run.evaluation_due = False
             self.terminal.say(f"evaluation at step {self.state.global_step}: score {metrics['eval_score']:+.3f}")
 
     # ── keeping ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,7 +324,11 @@ class PolicyGradientTrainer:
         return result
 
     def _write_checkpoint(self) -> Path:
-        self.run.algorithm, self.run.guards = dataclasses.asdict(self.algorithm_state), self.guards.counts()
+        self.guards.weights(self.learner.actor.parameters())
+        run = self.run
+        run.algorithm, run.guards = dataclasses.asdict(self.algorithm_state), self.guards.counts()
+        run.fisher_trial, run.evaluation_due = self.learner.fisher_trial, self._evaluation_due()
+        self.events.remember()
         path = save_checkpoint(
             self.output_dir, self.learner, self.processing_class, self.state, self.run, self._settings(), self.replay
         )
@@ -355,7 +371,7 @@ class PolicyGradientTrainer:
                 versions=found,
                 hfpg_version=found["hfpg"],
                 command=" ".join(sys.argv),
-                seconds=self.seconds,
+                seconds=self.run.seconds,
                 value_head=self.learner.actor.value_kind,
             )
         )
@@ -466,6 +482,7 @@ class PolicyGradientTrainer:
         say = self.terminal.say
         self.rescorer = Rescorer(self.learner, algorithm, lambda: self.generator, self.clock, lambda: self.run, say)
         self.floor = Floor(actor, self.accelerator, getattr(algorithm, "epochs", 1), self.reference is not None)
+        self.interrupt = Interrupt(say)
         self.replay = Replay(getattr(algorithm, "replay", 0), say)
         scoring = [name for name, weight in zip(self.judge.names, self.judge.weights, strict=True) if weight]
         self.guards = Guards(args.stop_constant, scoring, say)
@@ -527,24 +544,23 @@ class PolicyGradientTrainer:
         resume = self.args.resume_from_checkpoint if resume is None else resume
         resume = None if resume in (False, "False", "false", "") else resume
         path = find_checkpoint(resume, self.output_dir)
+        fresh = path is None and not resume and not self._claimed
+        if fresh or (path is not None and path.parent.resolve() != self.output_dir.resolve()):
+            overwrite = self.args.overwrite_output_dir
+            self._on_main(lambda: preflight.clear_folder(self.output_dir, self.occupied, overwrite))
         if path is not None:
-            self.events.state, self.run = load_checkpoint(path, self.learner, self._settings())
-            main = self.accelerator.is_main_process  # the file was written by the main process
-            self.state.is_world_process_zero = self.state.is_local_process_zero = main
-            self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
-            self.guards.resume(self.run.guards)
-            self.replay.load(path, self.accelerator.device)
-            self._saved_step = self.state.global_step
-            self.events.handler.lr_scheduler = self.learner.scheduler  # made anew for the step that is resumed
+            path = undamaged(path, resume not in (True, "True", "true"), self.terminal.say)
+            self._go_on_from(path)
         elif resume:
-            self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0")
-        elif self.state.global_step == 0:
-            preflight.refuse_occupied(self.output_dir, self.occupied)
+            torn = self.output_dir / "interrupted"
+            weights = f" (weights of an update that was cut short are in {torn})" if torn.exists() else ""
+            self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0{weights}")
         self._claimed = True
         if self.value_head_from is not None and path is None:
             self.terminal.say(f"the value head goes on from the one saved with {self.model_name}")
         if resume:
-            self.recorder.rewind(self.state.global_step)
+            again = self.run.evaluation_due or self.state.global_step == 0
+            self.recorder.rewind(self.state.global_step, evaluation=again)
             self._on_main(lambda: set_aside(self.output_dir, self.state.global_step))
         self.facts.setdefault("model", self.model_name)
         self.recorder.run_file(
@@ -566,13 +582,37 @@ class PolicyGradientTrainer:
         self.events.begin_training(self.args.max_steps)
         if self.args.eval_on_start and self.eval_data is not None and self.state.global_step == 0:
             self.evaluate()
+        self.evaluate_if_due()  # where the run was stopped before it was done
         self.clock.read()
         self.terminal.start(self.state.global_step)
+
+    def _go_on_from(self, path: Path) -> None:
+        """Everything as it was when the checkpoint was written."""
+        rewards = read_state(path)["config"].get("reward_funcs", self.judge.names)
+        if rewards != self.judge.names:
+            self.terminal.say(f"note: {path.name} was rewarded by {rewards}, and from here on by {self.judge.names}")
+        state, self.run = load_checkpoint(path, self.learner, self._settings())
+        self.events.recall(state)
+        self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
+        self.guards.resume(self.run.guards)
+        self.learner.fisher_trial = self.run.fisher_trial
+        self.evaluations = [] if self.run.first_evaluation is None else [self.run.first_evaluation]
+        step = self.run.watch.get("best_step") if self.run.watch else None
+        fits = self._on_main(lambda: best_fits(self.output_dir / "best", step))
+        if not same_everywhere(self.accelerator, [fits])[0]:  # it is another branch's, or in another folder
+            self.run.watch = {}
+        self.replay.load(path, self.accelerator.device)
+        self._saved_step, self._updating = self.state.global_step, False
+        self.events.handler.lr_scheduler = self.learner.scheduler  # made anew for the step that is resumed
+
+    def _evaluation_due(self) -> bool:
+        return self.eval_data is not None and (self.control.should_evaluate or self.run.evaluation_due)
 
     def _settings(self) -> dict[str, Any]:
         """Every setting of the run, flat: the algorithm's and TrainConfig's fields have different names."""
         name = {"algorithm": type(self.algorithm).__name__}
-        return json.loads(json.dumps(name | dataclasses.asdict(self.algorithm) | self.args.to_dict(), default=str))
+        all_fields = name | dataclasses.asdict(self.algorithm) | self.args.to_dict() | self.origin
+        return json.loads(json.dumps(all_fields, default=str))
 
     def _end(self) -> None:
         self.terminal.stop()
@@ -587,6 +627,10 @@ class PolicyGradientTrainer:
         self.terminal.stop()
         unsaved = self.state.global_step > max(self._saved_step, 0)
         if not self.accelerator.is_main_process or not (unsaved or self._updating):
+            return
+        if self.guards.broken:
+            kept = [p.name for p in checkpoints(self.output_dir)] or "none"
+            self.terminal.say(f"stopped at step {self.state.global_step}: it is not saved; checkpoints: {kept}")
             return
         if self._updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
             where = self.output_dir / "interrupted"

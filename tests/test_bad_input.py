@@ -122,7 +122,9 @@ def test_an_occupied_output_folder_is_not_written_over(tmp_path):
         build.trainer(tmp_path).train()
     assert (tmp_path / "checkpoint-1").is_dir()
     (tmp_path / "precious.txt").write_text("mine")
-    build.trainer(tmp_path, overwrite_output_dir=True)
+    build.trainer(tmp_path, overwrite_output_dir=True, max_steps=3, save_steps=2)
+    assert (tmp_path / "checkpoint-1").exists(), "what is removed is removed when training begins"
+    build.trainer(tmp_path, overwrite_output_dir=True, max_steps=3, save_steps=2).train()
     assert not (tmp_path / "checkpoint-1").exists() and (tmp_path / "precious.txt").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import math
+import os
 import platform
 import sys
 from datetime import UTC, datetime
@@ -60,15 +61,19 @@ class Recorder:
         if self.main:
             self._append("completions.jsonl", rows)
 
-    def rewind(self, step: int) -> None:
-        """Drop what was recorded after `step`."""
+    def rewind(self, step: int, evaluation: bool = False) -> None:
+        """Drop what was recorded after `step`, and with `evaluation` that of `step` too: it is made again."""
         for name in ("metrics.jsonl", "completions.jsonl") if self.main else ():
             path = self.folder / name
             if path.exists():
                 # only "\n" ends a record; a crash may have cut the last one in the middle of a character
                 text = path.read_text(encoding="utf-8", errors="replace")
                 lines = [line for line in text.split("\n") if _step(line) <= step]
-                path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                if evaluation:
+                    lines = [line for line in lines if _step(line) < step or '"eval_' not in line]
+                fresh = path.with_name(f"{name}.tmp")  # a disk that is full meanwhile takes nothing away
+                fresh.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                os.replace(fresh, path)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
