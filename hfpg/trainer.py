@@ -394,8 +394,9 @@ class PolicyGradientTrainer:
 
     def summary(self, saved: Path, prompts: int = 6) -> None:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
+        count = len(self.evaluations)
         require(
-            bool(self.evaluations), "summary needs an evaluation; call trainer.evaluate() before and after train()"
+            count > 1, f"summary compares two evaluations, and there are {count}; evaluate before and after train()"
         )
         self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), prompts)
 
@@ -626,7 +627,7 @@ class PolicyGradientTrainer:
     def _save_before_the_end(self) -> None:
         self.terminal.stop()
         unsaved = self.state.global_step > max(self._saved_step, 0)
-        if not self.accelerator.is_main_process or not (unsaved or self._updating):
+        if not self.accelerator.is_main_process or not (unsaved or self._updating or self.guards.broken):
             return
         if self.guards.broken:
             kept = [p.name for p in checkpoints(self.output_dir)] or "none"

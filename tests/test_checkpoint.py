@@ -1,0 +1,267 @@
+"""Checkpoints that were damaged, swapped or meant for another run; and what a resumed run must remember."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+
+from hfpg import ConfigError
+from hfpg.algorithms import PPO, RLOO, TRPO
+from hfpg.checkpoint import checkpoints, damage
+from hfpg.config import GuardStop
+from hfpg.report.recorder import Recorder
+from hfpg.sft import fine_tune
+from tests import build, tiny
+
+
+HELD = [{"prompt": "ab"}, {"prompt": "ba"}]
+FILES = ("model.safetensors", "optimizer.safetensors", "value_head.safetensors", "config.json", "trainer_state.json")
+
+
+def parameters(run):
+    return torch.cat([p.detach().flatten() for p in run.learner.actor.parameters()])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps, and its parameters at the end."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = build.trainer(folder, max_steps=4, save_steps=1)
+    run.train()
+    return folder, parameters(run)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "missing"])
+@pytest.mark.parametrize("name", [*FILES, "hfpg_state.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, harm, finished, tmp_path, capsys):
+    folder, end = tmp_path / "run", finished[1]
+    shutil.copytree(finished[0], folder)
+    harm(folder / "checkpoint-4" / name)
+    run = build.trainer(folder, max_steps=4, save_steps=1)
+    run.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(run), end)
+    said = capsys.readouterr().out.replace("\n", " ")
+    if name != "hfpg_state.json" or harm is not Path.unlink:  # without it the folder is no checkpoint
+        assert f"warning: the checkpoint {folder / 'checkpoint-4'} is damaged: {name} " in said
+        assert "trying checkpoint-3" in said and (folder / "checkpoint-4.abandoned").is_dir()
+    assert damage(folder / "checkpoint-4") is None, "written anew"
+
+
+def test_a_damaged_checkpoint_that_was_named_is_refused(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    flip(folder / "checkpoint-2" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"checkpoint-2 is damaged: model.safetensors holds other bytes than "):
+        build.trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    for path in checkpoints(folder):
+        cut(path / "optimizer.safetensors")
+    with pytest.raises(ConfigError, match="optimizer.safetensors has .* bytes, .* were written; start anew in"):
+        build.trainer(folder).train(resume_from_checkpoint=True)
+
+
+def test_a_run_goes_on_with_the_prompts_and_the_model_that_it_began_with(tmp_path):
+    build.trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(ConfigError, match=r"train_dataset: '\d+ prompts \(\w+\)' then, '\d+ prompts \(\w+\)' now"):
+        build.trainer(tmp_path, train_dataset=tiny.rows()[::-1]).train(resume_from_checkpoint=True)
+    other = tiny.model()
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1
+    with pytest.raises(ConfigError, match=r"model: 'weights \w+' then, 'weights \w+' now"):
+        build.trainer(tmp_path, model=other).train(resume_from_checkpoint=True)
+    free = dict(max_steps=1, algorithm=RLOO(kl_coef=0.0))
+    build.trainer(tmp_path / "free", **free).train()
+    free["max_steps"] = 2
+    build.trainer(tmp_path / "free", model=other, **free).train(resume_from_checkpoint=True)  # nothing of it is left
+
+
+def test_an_adapter_goes_on_with_its_own_settings(tmp_path):
+    def run(alpha, steps):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["c_attn"], task_type="CAUSAL_LM")
+        return build.trainer(tmp_path, peft_config=config, max_steps=steps)
+
+    run(8, 1).train()
+    with pytest.raises(ConfigError, match=r"adapter: \{.*then, \{.*'lora_alpha': 16.*now"):
+        run(16, 2).train(resume_from_checkpoint=True)
+
+
+def test_another_judge_is_allowed_and_said(tmp_path, capsys):
+    build.trainer(tmp_path, max_steps=1).train()
+    build.trainer(tmp_path, reward=lambda completions: [1.0 * len(c) for c in completions]).train(True)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "note: checkpoint-1 was rewarded by ['count_a'], and from here on by ['<lambda>']" in said
+
+
+def named(*names, train="rl"):
+    """A model with adapters of these names, one of them active."""
+    torch.manual_seed(5)
+    config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.model(), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.set_adapter(train)
+    return model
+
+
+@pytest.mark.parametrize("names", [("rl",), ("default", "rl")], ids=["named", "second"])
+def test_an_adapter_with_a_name_is_saved_and_resumed(names, tmp_path):
+    tiny.model().save_pretrained(tmp_path / "base")
+    whole = build.trainer(tmp_path / "whole", model=named(*names), max_steps=3, save_steps=1)
+    whole.train()
+    again = build.trainer(tmp_path / "whole", model=named(*names), max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(parameters(whole), parameters(again))
+    folder = whole.save_model(tmp_path / "saved")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
+    ids = torch.tensor([[3, 4, 5]])
+    logits = whole.learner.actor.policy(input_ids=ids).logits
+    torch.testing.assert_close(tuned(input_ids=ids).logits, logits, rtol=0, atol=1e-6)
+    assert (tuned(input_ids=ids).logits - tiny.model()(input_ids=ids).logits).abs().max() > 1e-4
+
+
+def test_what_an_adapter_would_not_save_is_not_trained(tmp_path):
+    model = named("default", train="default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = parameter.requires_grad or "ln_f" in name
+    with pytest.raises(ConfigError, match=r"2 parameters outside of the adapter 'default' require a gradient"):
+        build.trainer(tmp_path, model=model)
+    model = named("default", "rl")
+    model.base_model.set_adapter(["default", "rl"])
+    with pytest.raises(ConfigError, match=r"the adapters \['default', 'rl'\] are active together; set one"):
+        build.trainer(tmp_path, model=model)
+
+
+def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
+    first, second = build.trainer(tmp_path / "a"), build.trainer(tmp_path / "a")
+    first.train()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        second.train()
+    build.trainer(tmp_path / "b", max_steps=3, save_steps=1).train()
+    other = str(tmp_path / "b" / "checkpoint-1")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        build.trainer(tmp_path / "a").train(resume_from_checkpoint=other)
+    build.trainer(tmp_path / "c").train(resume_from_checkpoint=other)
+    assert [p.name for p in checkpoints(tmp_path / "c")] == ["checkpoint-2"]
+
+
+def test_patience_is_counted_on(tmp_path):
+    def run(steps):
+        patience = EarlyStoppingCallback(early_stopping_patience=3)
+        same = dict(reward=lambda completions: [0.5] * len(completions), eval_dataset=HELD, eval_steps=1)
+        return build.trainer(tmp_path, callbacks=[patience], max_steps=steps, save_steps=1, **same)
+
+    whole = run(9)
+    whole.train()
+    assert whole.state.global_step == 4
+    resumed = run(9)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+def test_the_card_of_a_resumed_run_tells_of_the_whole(tmp_path, capsys):
+    settings = dict(eval_dataset=HELD, eval_on_start=True)
+    first = build.trainer(tmp_path, max_steps=2, **settings)
+    first.train()
+    again = build.trainer(tmp_path, max_steps=4, **settings)
+    again.train(resume_from_checkpoint=True)
+    again.evaluate()
+    assert again.run.seconds > first.run.seconds
+    assert [e["step"] for e in again.evaluations] == [0, 4] and again.evaluations[0] == first.evaluations[0]
+    before, after = (e["metrics"]["eval_length"] for e in again.evaluations)
+    assert f"| eval_length | {before:.4g} | {after:.4g} |" in again.model_card()
+    again.summary(tmp_path / "final")
+    assert "after 4 steps" in capsys.readouterr().out
+
+
+def test_the_best_model_of_an_abandoned_branch_is_set_aside(tmp_path):
+    def lengths(completions, trainer_state):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    def run(folder, steps):
+        held = dict(eval_dataset=HELD, eval_steps=1, save_steps=1, keep_best_by="eval_scores/watcher")
+        judges = dict(reward=[tiny.count_a, watcher], reward_weights=[1.0, 0.0])
+        return build.trainer(folder, max_steps=steps, **held, **judges)
+
+    def watcher(completions, trainer_state):
+        return lengths(completions, trainer_state)
+
+    run(tmp_path / "a", 4).train()
+    best = tmp_path / "a" / "best"
+    assert (best / "hfpg_step").read_text() == "4"
+    resumed = run(tmp_path / "a", 3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert (best / "hfpg_step").read_text() == "3" and resumed.run.watch["best_step"] == 3
+    assert (tmp_path / "a" / "best.abandoned" / "hfpg_step").read_text() == "4"
+    fresh = run(tmp_path / "b", 3)
+    fresh.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert (tmp_path / "b" / "best" / "hfpg_step").read_text() == "3"
+
+
+@pytest.mark.parametrize("save_steps", [1, 2], ids=["found when saving", "found when sampling"])
+def test_a_policy_that_is_broken_is_not_kept(save_steps, tmp_path, capsys):
+    run = build.trainer(tmp_path, max_steps=9, save_steps=save_steps, algorithm=PPO(epochs=1, kl_coef=0.05))
+    rates = iter([1e-3, 1e-3])
+    plain = run.learner.step
+
+    def step():
+        now = next(rates, 1e38)
+        for group in run.learner.optimizer.param_groups:
+            group["lr"] = now
+        plain()
+
+    run.learner.step = step
+    said = "tokens a log-prob that is not finite" if save_steps == 2 else "weights that are not finite are not saved"
+    with pytest.raises(GuardStop, match=f"the policy is broken: .*{said}"):
+        run.train()
+    kept = [p.name for p in checkpoints(tmp_path)]
+    assert kept[-1] == "checkpoint-2"
+    assert f"stopped at step 3: it is not saved; checkpoints: {kept}" in capsys.readouterr().out.replace("\n", " ")
+    assert all(torch.isfinite(p).all() for p in AutoModelForCausalLM.from_pretrained(tmp_path / kept[-1]).parameters())
+    with pytest.raises(ConfigError, match="learning_rate: 0.001 then, 0.0001 now"):
+        build.trainer(tmp_path, learning_rate=1e-4, algorithm=PPO(epochs=1)).train(resume_from_checkpoint=True)
+
+
+def test_how_products_are_made_is_tried_once_in_a_run(tmp_path):
+    run = build.trainer(tmp_path, algorithm=TRPO(), max_steps=1)
+    run.train()
+    assert run.learner.fisher_trial is not None
+    run.run.fisher_trial = run.learner.fisher_trial = 1  # as if it had come out otherwise
+    run._saved_step = -1
+    run.save_checkpoint()
+    again = build.trainer(tmp_path, algorithm=TRPO(), max_steps=2)
+    assert again.train(resume_from_checkpoint=True)["fisher_exact"] == 0
+
+
+def test_a_disk_that_is_full_while_metrics_are_rewound_takes_nothing_away(tmp_path, monkeypatch):
+    run = build.trainer(tmp_path, max_steps=3)
+    run.train()
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def full(self, text, **kwargs):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        Recorder(tmp_path, run.accelerator, "").rewind(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_texts_are_not_learnt_for_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("hfpg.sft.Trainer", None)
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory; name another"):
+        fine_tune(tiny.model(), tiny.tokenizer(), ["aa ba"], output_dir=tmp_path / "file" / "sft")
