@@ -266,7 +266,8 @@ class Method:
     @property
     def token_local(self) -> bool:
         """True where the loss at a token depends on that token's scores alone. Of a loss of one's own nobody knows."""
-        return self._loss_is_hfpgs() and not (self.kl_in == "loss" and self.kl_estimator == "full")
+        whole = self.kl_in == "loss" and self.kl_estimator in ("full", "k2_sequence")  # a vocabulary's, a row's sum
+        return self._loss_is_hfpgs() and not whole
 
     def _loss_is_hfpgs(self) -> bool:
         pieces = [getattr(type(self), name, None) for name in ("loss", "regularized", "surrogate")]
