@@ -22,9 +22,12 @@ from hfpg.algorithms import (
     ReinforcePlusPlus,
     ReMax,
 )
+from hfpg.algorithms.kl_control import kl_per_completion
 from hfpg.algorithms.method import State
 from hfpg.config import ConfigError
 from hfpg.ops.returns import token_rewards
+from hfpg.report.metrics import describe
+from hfpg.types import Estimates
 from tests.algorithms.test_reinforce import FakeLearner, new_scores, rollout
 
 
@@ -149,6 +152,29 @@ def test_the_exact_kl_is_asked_of_the_learner_only_where_it_is_used():
         (DrGRPO(kl_estimator="full"), False),
     ]:
         assert algorithm.schedule(algorithm.init())["with_kl"] is wanted
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "weights"),
+    [
+        (RLOO(kl_target=1.0), torch.tensor([1.0, 1.0, 1.0, 0.0])),  # one that nobody scored
+        (RLOO(kl_target=1.0, truncation="mask"), torch.ones(4)),  # one that was cut
+        (DAPO(kl_coef=0.05, kl_target=1.0), torch.ones(4)),  # groups of one: all scores equal, nobody counts
+        (PPO(kl_target=1.0), torch.zeros(4)),
+    ],
+    ids=["unscored", "cut", "equal scores", "no score at all"],
+)
+@pytest.mark.parametrize("kl", [0.5, 2.0])
+def test_the_controller_follows_the_reported_kl_of_all_that_was_drawn(algorithm: Any, weights: Any, kl: float):
+    rows = rollout(weights=weights)
+    lengths = rows.completion_mask.sum(1, keepdim=True)
+    shift = torch.where(rows.completion_mask, torch.tensor([[1.0], [2.0], [0.0], [5.0]]) * kl / 2 / lengths, 0)
+    rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs - shift)
+    assert describe(rows, {})["kl_to_ref"] == pytest.approx(kl, abs=1e-6)
+    used, _, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    assert kl_per_completion(used) == pytest.approx(kl, abs=1e-6)
+    _, state = algorithm.update(FakeLearner(), used, Estimates(rows.old_logprobs), state)
+    assert state.kl_coef == pytest.approx(0.05 * (1.02 if kl > 1 else 0.98), rel=1e-6)
 
 
 # ── off-policy weights
