@@ -13,7 +13,7 @@ from hfpg.algorithms.clipped import Clipped
 from hfpg.algorithms.kl_control import KLEstimator
 from hfpg.algorithms.method import S, State
 from hfpg.config import field, require
-from hfpg.ops.baselines import group_mean, group_std, leave_one_out
+from hfpg.ops.baselines import accompanied, group_mean, group_std, leave_one_out
 from hfpg.ops.kl import k3
 from hfpg.ops.masked import Aggregation
 from hfpg.ops.objectives import cispo, clip_fraction, clipped_surrogate, ratio, sequence_log_ratio
@@ -106,7 +106,10 @@ class GRPO(Clipped):
         if self.scale != "none":
             std = group_std(returns, weights, groups if self.scale == "group" else None)
             advantages = advantages / (std + STD_EPSILON)
-        spread = torch.where(rollout.completion_mask & (weights > 0)[:, None], advantages[:, None], 0)
+        counts = weights > 0
+        if self.truncation == "mask":
+            counts = counts & accompanied(weights, groups)  # see `whole_returns`
+        spread = torch.where(rollout.completion_mask & counts[:, None], advantages[:, None], 0)
         return Estimates(self.corrected(spread, rollout)), state
 
     @property

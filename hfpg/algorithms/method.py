@@ -15,7 +15,7 @@ from torch import Tensor
 from hfpg.algorithms.kl_control import KLEstimator, check_kl, next_kl_coef, token_kl
 from hfpg.config import check_choices, field, require
 from hfpg.learner import Learner
-from hfpg.ops.baselines import RunningMoments, equal_in_group, update_running_moments
+from hfpg.ops.baselines import RunningMoments, accompanied, equal_in_group, update_running_moments
 from hfpg.ops.importance import OffPolicy, off_policy_weights, self_normalized
 from hfpg.ops.masked import Aggregation
 from hfpg.ops.returns import token_rewards
@@ -34,6 +34,25 @@ class State:
 
 
 S = TypeVar("S", bound=State)
+
+
+MASKED = (
+    "truncation='mask' without comparing the completions of one prompt: what is subtracted from a return is not the "
+    "mean of what ended, so that ending is paid for or punished (docs/algorithms/shared.md); RLOO and GRPO have no "
+    "such bias, and truncation='terminal' leaves nothing out"
+)
+"""A sentence of `warnings`."""
+
+
+def whole_returns(returns: Float[Tensor, "B C"], rollout: Rollout) -> Float[Tensor, "B C"]:
+    """The return of the whole completion on every token, for truncation='mask'; 0 for the only one left of its group.
+
+    Among completions that ended E[∇ log π] is not 0 but ∇ log P(ended). What stands on a token then has to be the
+    completion's own return less the others', or it pays for ending: a lone return would, and a reward-to-go, which
+    lacks the KL of the tokens before. docs/algorithms/shared.md; tests/oracle/test_truncation.py.
+    """
+    together = accompanied(rollout.weights, rollout.group_ids)
+    return torch.where(together[:, None], returns[:, :1], 0).expand_as(returns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +131,12 @@ class Method:
             self.truncation != "bootstrap" or self.value is not None,
             f"truncation='bootstrap' continues a cut completion with V, and {type(self).__name__} has no value "
             "function here; use truncation='terminal', or PPO or A2C",
+        )
+
+        require(
+            self.truncation != "mask" or self.missing_eos_penalty == 0,
+            f"missing_eos_penalty={self.missing_eos_penalty} is taken off cut completions, and truncation='mask' "
+            "leaves them out; use truncation='terminal'",
         )
 
     def _check_off_policy(self) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hfpg.algorithms.critic import last_values, values_of
-from hfpg.algorithms.method import Method, S, State
+from hfpg.algorithms.method import MASKED, Method, S, State, whole_returns
 from hfpg.config import TrainConfig, field, require
 from hfpg.learner import Learner
 from hfpg.natural import Fisher, natural_step
@@ -112,13 +112,18 @@ class TRPO(Method):
     def warnings(self, fresh_value_head: bool) -> list[str]:
         """What else the run's settings do not do."""
         own = "the critic's" if self.critic == "separate" else "nobody's"
-        return [*super().warnings(fresh_value_head), f"TRPO's step is as long as max_kl says; learning_rate is {own}"]
+        found = [*super().warnings(fresh_value_head), f"TRPO's step is as long as max_kl says; learning_rate is {own}"]
+        if self.truncation == "mask" and self.critic == "separate":
+            found.append(MASKED)
+        return found
 
     def estimate(self, rollout: Rollout, rewards: Float[Tensor, "B C"], state: S) -> tuple[Estimates, S]:
         """A_t = G_t − mean of the other samples' returns; or GAE(γ, λ), with returns A + V for the critic."""
         mask, after = rollout.completion_mask, last_values(rollout, self.truncation)
         if self.critic == "none":
             returns = rewards_to_go(rewards, mask, self.gamma, after)
+            if self.truncation == "mask":
+                returns = whole_returns(returns, rollout)
             others = leave_one_out(returns[:, 0], rollout.weights, rollout.group_ids)
             advantages = torch.where(mask, returns - others[:, None], 0)
             return Estimates(self.corrected(advantages, rollout)), state

@@ -81,7 +81,7 @@ def test_the_soft_penalty_rises_over_the_last_share_of_the_length():
 
 
 def test_masked_completions_count_for_nothing_and_bootstrapped_ones_go_on():
-    used = shaped(Reinforce(truncation="mask"))
+    used = shaped(RLOO(truncation="mask"))
     assert used.weights.tolist() == [1.0, 1.0, 0.0, 0.0]
     rows = rollout(last_values=torch.tensor([5.0, 5.0, 5.0, 5.0]), values=torch.zeros(4, 4))
     plain = PPO(whiten_advantages=False, kl_coef=0.0)
@@ -96,6 +96,23 @@ def test_masked_completions_count_for_nothing_and_bootstrapped_ones_go_on():
     value = Reinforce(baseline="value", truncation="bootstrap", kl_coef=0.0)
     used, rewards, state = value.rewards(rows, value.init(), LONGEST)
     assert float(value.estimate(used, rewards, state)[0].advantages[2, 0]) == pytest.approx(4.0 + 5.0)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        RLOO(truncation="mask"),
+        TRPO(truncation="mask"),
+        GRPO(baseline="leave_one_out", scale="batch", truncation="mask"),
+    ],
+    ids=lambda a: type(a).__name__,
+)
+def test_the_only_completion_of_its_group_that_ended_has_no_credit(algorithm: Any):
+    finished, scores = torch.tensor([True, True, True, False]), torch.tensor([1.0, 2.0, 4.0, 0.0])
+    rows = rollout(group_ids=torch.tensor([0, 0, 1, 1]), finished=finished, scores=scores, weights=torch.ones(4))
+    used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    advantages = algorithm.estimate(used, rewards, state)[0].advantages
+    assert advantages[:2, 0].all() and not advantages[2].any()
 
 
 def test_the_greedy_score_is_shaped_like_the_samples_scores():
@@ -244,7 +261,10 @@ REFUSED = [
     (functools.partial(PPO, kl_coef=0.0, kl_target=6.0), "kl_coef=0 stays 0; start it at 0.05"),
     (functools.partial(Reinforce, truncation="bootstrap"), "Reinforce has no value function here"),
     (functools.partial(GRPO, truncation="bootstrap"), "use truncation='terminal', or PPO or A2C"),
-    (functools.partial(ReMax, truncation="mask"), "compares finished completions with a greedy one that may be cut"),
+    (functools.partial(ReMax, truncation="mask"), "baseline='greedy' with truncation='mask' pays for ending, or"),
+    (functools.partial(GRPO, truncation="mask", missing_eos_penalty=1.0), "truncation='mask' leaves them out"),
+    (functools.partial(Reinforce, truncation="mask"), "use baseline='group' with num_generations=4 (RLOO), or"),
+    (functools.partial(RLOO, baseline="batch", truncation="mask"), "baseline='batch' with truncation='mask' pays"),
     (functools.partial(Reinforce, replay=2), "off_policy='none' would count them as the policy's own"),
     (functools.partial(PPO, replay=-1, off_policy="token"), "replay=-1 must be 0 (off) or more"),
     (functools.partial(PPO, weight_cap=2.0), "off_policy='none' has none; use 'truncated'"),
@@ -293,6 +313,12 @@ def test_a_value_head_that_is_not_there_is_one_sentence(algorithm: Any):
         (DrGRPO(epochs=2), True, None),
         (GRPO(replay=1, off_policy="truncated"), True, "off-policy weights do not reach it"),
         (PPO(epochs=4), True, None),
+        (PPO(truncation="mask"), True, "ending is paid for or punished"),
+        (A2C(truncation="mask"), True, "ending is paid for or punished"),
+        (ReinforcePlusPlus(truncation="mask"), True, "ending is paid for or punished"),
+        (TRPO(critic="separate", truncation="mask"), True, "ending is paid for or punished"),
+        (RLOO(truncation="mask"), True, None),
+        (DAPO(truncation="mask"), True, None),
     ],
 )
 def test_what_is_rarely_meant_is_said(algorithm: Any, fresh: bool, sentence: str | None):
