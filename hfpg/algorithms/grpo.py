@@ -12,7 +12,7 @@ from torch import Tensor
 from hfpg.algorithms.clipped import Clipped
 from hfpg.algorithms.kl_control import KLEstimator
 from hfpg.algorithms.method import S, State
-from hfpg.config import field, require
+from hfpg.config import field, refuse_unread, require
 from hfpg.ops.baselines import accompanied, group_mean, group_std, leave_one_out
 from hfpg.ops.kl import k3
 from hfpg.ops.masked import Aggregation
@@ -77,6 +77,8 @@ class GRPO(Clipped):
             f"is_cap={self.is_cap} is the largest ratio of objective='cispo' and at least 1, such as 5; with "
             f"objective={self.objective!r} clip_range is what counts",
         )
+        if self.objective == "cispo":
+            refuse_unread(self, "not read with objective='cispo', whose only bound is is_cap; remove it", "clip_range")
         clips = [name for name in ("dual_clip", "clip_range_high") if getattr(self, name) is not None]
         require(
             self.objective != "cispo" or not clips,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hfpg.algorithms.kl_control import KLEstimator, check_kl, next_kl_coef, token_kl
-from hfpg.config import check_choices, field, require
+from hfpg.config import check_choices, check_numbers, field, refuse_unread, require
 from hfpg.learner import Learner
 from hfpg.ops.baselines import RunningMoments, accompanied, equal_in_group, update_running_moments
 from hfpg.ops.importance import OffPolicy, off_policy_weights, self_normalized
@@ -105,6 +105,7 @@ class Method:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self)
         check_kl(self.kl_coef, self.kl_target, self.kl_in, self.kl_estimator)
         for name in ("num_generations", "epochs", "minibatches"):
             count = getattr(self, name, 1)
@@ -112,11 +113,16 @@ class Method:
         for name in ("reward_clip", "reward_std", "weight_cap"):
             bound = getattr(self, name)
             require(bound is None or bound > 0, f"{name}={bound} must be above 0, or absent")
-        for name in ("missing_eos_penalty", "replay"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
+        for name in ("missing_eos_penalty", "replay", "entropy_coef", "value_coef"):
+            amount = getattr(self, name, 0)
+            require(amount >= 0, f"{name}={amount} must be 0 (off) or more")
         require(
             0 <= self.soft_overlong < 1, f"soft_overlong={self.soft_overlong} must be a share of the length, like 0.2"
         )
+        if self.kl_coef == 0:
+            refuse_unread(
+                self, "about a KL, and kl_coef=0 has none; remove it, or set kl_coef", "kl_in", "kl_estimator"
+            )
         self._check_rewards()
         self._check_off_policy()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfpg.algorithms.critic import last_values, values_of
 from hfpg.algorithms.method import Method, State, whole_returns
-from hfpg.config import field, require
+from hfpg.config import field, refuse_unread, require
 from hfpg.ops.baselines import RunningMean, leave_one_out, update_running_mean
 from hfpg.ops.objectives import policy_gradient, value_error
 from hfpg.ops.returns import rewards_to_go
@@ -56,6 +56,11 @@ class Reinforce(Method):
             "nothing to compare with; set it to 4, or use baseline='ema'",
         )
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be at least 0 and below 1, such as 0.9")
+        for name, reader in (("ema_decay", "ema"), ("value_coef", "value")):
+            if self.baseline != reader:
+                refuse_unread(
+                    self, f"read only with baseline={reader!r}, and it is {self.baseline!r}; remove it", name
+                )
         require(0 < self.gamma <= 1, f"gamma={self.gamma} must be above 0 and at most 1")
         require(
             self.truncation != "mask" or self.baseline == "group",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfpg.algorithms.critic import last_values, values_of
 from hfpg.algorithms.method import MASKED, Method, S, State, whole_returns
-from hfpg.config import TrainConfig, field, require
+from hfpg.config import TrainConfig, field, refuse_unread, require
 from hfpg.learner import Learner
 from hfpg.natural import Fisher, natural_step
 from hfpg.ops.baselines import leave_one_out
@@ -65,10 +65,8 @@ class TRPO(Method):
             f"TRPO without a critic compares the samples of one prompt, and num_generations={self.num_generations} "
             "leaves nothing to compare with; set it to 4, or use critic='separate'",
         )
-        require(
-            self.critic != "none" or self.lam == 1,
-            f"lam={self.lam} is the critic's, and critic='none'; use critic='separate'",
-        )
+        if self.critic == "none":
+            refuse_unread(self, "the critic's, and critic='none'; use critic='separate'", "lam", "value_epochs")
         require(
             self.entropy_coef == 0 and (self.kl_in == "reward" or self.kl_coef == 0),
             "an entropy bonus or a KL in the surrogate would make the step another one than the trust region was made "

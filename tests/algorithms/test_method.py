@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from hfpg.algorithms import (
 )
 from hfpg.algorithms.kl_control import kl_per_completion
 from hfpg.algorithms.method import State
-from hfpg.config import ConfigError
+from hfpg.config import ConfigError, parse
 from hfpg.ops.returns import token_rewards
 from hfpg.report.metrics import describe
 from hfpg.types import Estimates
@@ -166,7 +167,7 @@ def test_the_exact_kl_is_asked_of_the_learner_only_where_it_is_used():
     for algorithm, wanted in [
         (GRPO(), False),
         (GRPO(kl_estimator="full"), True),
-        (DrGRPO(kl_estimator="full"), False),
+        (DrGRPO(), False),
     ]:
         assert algorithm.schedule(algorithm.init())["with_kl"] is wanted
 
@@ -280,6 +281,21 @@ REFUSED = [
     (functools.partial(A2C, value_lam=1.5), "value_lam=1.5 must lie between 0 and 1"),
     (functools.partial(GRPO, resample_rounds=-1), "resample_rounds=-1 must be 0 (off) or more"),
     (functools.partial(ReinforcePlusPlus, gamma=0.0), "gamma=0.0 must be above 0 and at most 1"),
+    (functools.partial(A2C, value_coef=-1), "value_coef=-1 must be 0 (off) or more"),
+    (functools.partial(PPO, entropy_coef=-0.1), "entropy_coef=-0.1 must be 0 (off) or more"),
+    (functools.partial(PPO, kl_coef=math.inf), "kl_coef=inf must be a finite number, such as 0.05"),
+    (functools.partial(PPO, kl_target=math.nan), "kl_target=nan must be a finite number, or absent"),
+    (functools.partial(RLOO, ema_decay=0.5), "ema_decay=0.5 is read only with baseline='ema', and it is 'group'"),
+    (functools.partial(Reinforce, value_coef=0.3), "value_coef=0.3 is read only with baseline='value', and it is"),
+    (functools.partial(ReMax, value_coef=0.3), "and it is 'greedy'; remove it"),
+    (functools.partial(TRPO, value_epochs=7), "value_epochs=7 is the critic's, and critic='none'; use"),
+    (functools.partial(TRPO, lam=0.9), "lam=0.9 is the critic's, and critic='none'; use critic='separate'"),
+    (functools.partial(CISPO, clip_range=0.9), "clip_range=0.9 is not read with objective='cispo'"),
+    (functools.partial(DrGRPO, kl_estimator="full"), "kl_estimator='full' is about a KL, and kl_coef=0 has none"),
+    (
+        functools.partial(PPO, kl_coef=0.0, kl_in="loss", kl_estimator="k3"),
+        "kl_in='loss' is about a KL, and kl_coef=0",
+    ),
     (functools.partial(PPO, truncation="drop"), "truncation='drop' is unknown; choose from"),
 ]
 
@@ -289,6 +305,44 @@ def test_what_cannot_go_together_is_refused_with_the_fix(make: Any, sentence: st
     with pytest.raises(ConfigError) as caught:
         make()
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_refused_in_every_field(name: str, value: float):
+    kind = PRESETS[name]
+    numbers = [f for f in dataclasses.fields(kind) if "float" in str(f.type)]
+    assert len(numbers) > 10
+    for field in numbers:
+        with pytest.raises(ConfigError, match=f"{field.name}={value} must be a finite number, (such as|or absent)"):
+            kind(**{field.name: value})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_number_below_0_is_refused_where_it_means_nothing(name: str):
+    kind = PRESETS[name]
+    for field in dataclasses.fields(kind):
+        if "float" in str(field.type) and field.name != "reward_mean":
+            with pytest.raises(ConfigError, match=f"{field.name}=-1.0"):
+                kind(**{field.name: -1.0})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_made_of_its_own_fields_and_without_a_kl(name: str):
+    """As the command does: it passes every field, at its default or as the flag says."""
+    kind = PRESETS[name]
+    assert kind(**dataclasses.asdict(kind())) == kind()
+    assert parse((kind,), ["--kl_coef", "0"])[0] == kind(kl_coef=0.0)
+
+
+def test_a_default_of_ones_own_is_not_refused():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(RLOO):
+        ema_decay: float = 0.5
+
+    assert Mine().ema_decay == 0.5
+    with pytest.raises(ConfigError, match="ema_decay=0.9 is read only with baseline='ema', and it is 'group'"):
+        Mine(ema_decay=0.9)
 
 
 @pytest.mark.parametrize(

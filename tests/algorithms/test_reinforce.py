@@ -246,7 +246,7 @@ def test_the_coefficient_stays_without_a_target_and_where_no_kl_was_measured(tar
         ({"ema_decay": -0.1}, "ema_decay=-0.1 must be at least 0 and below 1, such as 0.9"),
         ({"gamma": 0.0}, "gamma=0.0 must be above 0 and at most 1"),
         ({"gamma": 1.01}, "gamma=1.01 must be above 0 and at most 1"),
-        ({"gamma": math.nan}, "gamma=nan must be above 0 and at most 1"),
+        ({"gamma": math.nan}, "gamma=nan must be a finite number, such as 1.0"),
     ],
 )
 def test_a_setting_that_cannot_be_says_why(changes: dict[str, Any], sentence: str):
