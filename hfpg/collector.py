@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hfpg import preflight
-from hfpg.config import GuardStop
+from hfpg.config import GuardStop, require
 from hfpg.data import PromptData, decode_completions, order, plain_text, share
 from hfpg.distributed import gather_list, raise_together
 from hfpg.learner import Learner
@@ -30,6 +30,37 @@ def giving_up(judge: ThreadPoolExecutor) -> Iterator[None]:
     except BaseException:
         judge.shutdown(wait=False, cancel_futures=True)
         raise
+
+
+def check_samples(samples: Samples, prompts: Prompts, generator: Any) -> Samples:
+    """The samples, if they are what a generator has to return (docs/extending.md).
+
+    Raises:
+        ConfigError: rows in another order or number, tensors of different shapes, a mask that does not begin with the
+            first column: a return is read there, and a completion without a token has nowhere to put its score.
+    """
+    name = f"generator {getattr(generator, '__name__', type(generator).__name__)}"
+    ids, mask = samples.completion_ids, samples.completion_mask
+    asked, given = prompts.sample_ids.tolist(), samples.sample_ids.tolist()
+    require(
+        asked == given and prompts.group_ids.tolist() == samples.group_ids.tolist(),
+        f"{name} returned samples {given[:4]}… of the {len(asked)} asked for, {asked[:4]}…; return one sample per row "
+        "of the prompts, in their order, with their sample_ids and group_ids",
+    )
+    shapes = [tuple(x.shape) for x in (mask, samples.sampler_logprobs) if x is not None and x.shape != ids.shape]
+    require(
+        not shapes and mask.dtype == torch.bool and len(ids) == len(asked),
+        f"{name} returned completion_ids of shape {tuple(ids.shape)} with a {mask.dtype} completion_mask of shape "
+        f"{tuple(mask.shape)}; masks are bool, and they and sampler_logprobs have the shape of the ids, [B, C]",
+    )
+    begins = mask[:, 0] if mask.shape[1] else torch.zeros_like(samples.finished)
+    bad = (~begins).nonzero()[:, 0].tolist()
+    require(
+        not bad,
+        f"{name} returned {len(bad)} of {len(asked)} completions, rows {bad[:4]}, whose completion_mask is False in "
+        "the first column; a completion begins there and has at least one token, its stop token",
+    )
+    return samples
 
 
 class Collector:
@@ -140,7 +171,7 @@ class Collector:
         finished = lengths = None
         if kind == "greedy":
             with self.clock.phase("sample"), self.accelerator.autocast():
-                samples = self.generator.greedy(self.learner.actor.policy, one)
+                samples = check_samples(self.generator.greedy(self.learner.actor.policy, one), one, self.generator)
             finished, lengths = samples.finished, samples.completion_mask.sum(1)
             judged = self._unheard(one.texts, *self._decoded(one, samples), one.columns)
         else:
@@ -176,7 +207,7 @@ class Collector:
         """Draw `per_prompt` completions of each of the given rows, by this rank."""
         with self.clock.phase("sample"), self.accelerator.autocast():
             prompts = data.rows(rows, sample_ids, per_prompt, self.accelerator.device)
-            return prompts, self.generator(self.learner.actor.policy, prompts)
+            return prompts, check_samples(self.generator(self.learner.actor.policy, prompts), prompts, self.generator)
 
     def judge_samples(self, prompts: Prompts, samples: Samples) -> Scores:
         """Scores of this rank's samples; what else the judge says is kept in `said`."""

@@ -144,7 +144,7 @@ def _credit(trainer: PolicyGradientTrainer) -> tuple[Rollout, Estimates]:
 def _policy_gradient(trainer: PolicyGradientTrainer, rollout: Rollout, credit: Estimates) -> Float[Tensor, " N"]:
     """The gradient of the policy's parameters that are trained, without the value error, in float64."""
     method, learner, now = trainer.algorithm, trainer.learner, trainer.algorithm_state
-    alone = replace(method, value_coef=0.0) if hasattr(method, "value_coef") else method
+    alone = replace(method, value_coef=0.0) if method.value and hasattr(method, "value_coef") else method
     how = {name: on for name, on in method.schedule(now).items() if name in ("with_entropy", "with_kl")}
     learner.gradient(rollout, credit, partial(alone.loss, state=now), method.aggregation, **how)
     found = [p.grad.flatten().double() for p in learner.actor.policy.parameters() if p.grad is not None]

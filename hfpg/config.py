@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import re
 import sys
 import typing
@@ -215,6 +216,26 @@ def check_choices(settings: Any) -> None:
         options = list(typing.get_args(kind))
         if typing.get_origin(kind) is Literal and getattr(settings, name) not in options:
             raise ConfigError(f"{name}={getattr(settings, name)!r} is unknown; choose from {options}")
+
+
+def check_numbers(settings: Any) -> None:
+    """Raise ConfigError where a field of a dataclass instance holds NaN or an infinity."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        works = f"such as {f.default}" if isinstance(f.default, int | float) else "or absent"
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"{f.name}={value} must be a finite number, {works}")
+
+
+def refuse_unread(settings: Any, why: str, *names: str) -> None:
+    """Raise ConfigError where a field that nothing reads here is not at its default, that of the instance's class.
+
+    `why` goes on the sentence "x=1 is …".
+    """
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        unread = f.name in names and f.default is not dataclasses.MISSING and value != f.default
+        require(not unread, f"{f.name}={value!r} is {why}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

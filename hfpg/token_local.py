@@ -18,7 +18,7 @@ class Slopes:
     stands still here at the old value.
 
     Args:
-        loss: of (new scores, rows, credit), unreduced; of hfpg's all but those with a ratio of sequences.
+        loss: of (new scores, rows, credit), unreduced; of hfpg's all but those with a ratio or a KL of sequences.
         rows, credit: of a micro-batch, [B, C].
         weights: [B, C], what every token's loss counts for in L.
     """

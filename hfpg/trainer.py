@@ -395,9 +395,7 @@ class PolicyGradientTrainer:
     def summary(self, saved: Path, prompts: int = 6) -> None:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
         count = len(self.evaluations)
-        require(
-            count > 1, f"summary compares two evaluations, and there are {count}; evaluate before and after train()"
-        )
+        require(count > 1, f"summary compares two evaluations; there are {count}: evaluate before and after train()")
         self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), prompts)
 
     # ── before the loop: what can be refused is refused before the model loads ─────────────────────────────────────

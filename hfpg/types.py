@@ -105,7 +105,7 @@ class Samples(Rows):
     prompt_ids: Int[Tensor, "B P"]
     prompt_mask: Bool[Tensor, "B P"]
     completion_ids: Int[Tensor, "B C"]
-    completion_mask: Bool[Tensor, "B C"]  # True where the policy chose the token: EOS yes, padding no
+    completion_mask: Bool[Tensor, "B C"]  # True where the policy chose the token: EOS yes, padding no; column 0 always
     finished: Bool[Tensor, " B"]  # ended by a stop token or string; False: cut by the length limit
     sample_ids: Int[Tensor, " B"]
     group_ids: Int[Tensor, " B"]

@@ -1,11 +1,15 @@
 """Wrong input gets one clear sentence before any work is lost: the value seen, the rule broken, a value that works."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel
 
 from hfpg import ConfigError
-from hfpg.algorithms import PPO, Reinforce
+from hfpg.algorithms import PPO, Reinforce, ReMax
+from hfpg.generation.hf import HFGenerator
 from tests import build, tiny
 
 
@@ -160,3 +164,69 @@ def test_every_completion_of_one_token_and_never_an_eos(tmp_path):
     never = build.trainer(tmp_path / "never", stop_token_ids=[], algorithm=Reinforce(baseline="value")).train()
     assert one["length"] == 1 and never["finished"] == 0
     assert all(v == v for metrics in (one, never) for v in metrics.values())
+
+
+# ── what a generator returns
+
+SAMPLES: dict[str, tuple[Any, str]] = {
+    "a mask that begins later": (
+        lambda s: dict(completion_mask=torch.cat([~s.completion_mask[:, :1], s.completion_mask[:, :-1]], 1)),
+        r"generator own returned \d+ of 8 completions, rows .*, whose completion_mask is False in the first column",
+    ),
+    "an empty completion": (
+        lambda s: dict(completion_mask=s.completion_mask & (torch.arange(8) != 3)[:, None]),
+        r"1 of 8 completions, rows \[3\], .*; a completion begins there and has at least one token, its stop token",
+    ),
+    "no column at all": (
+        lambda s: dict(completion_ids=s.completion_ids[:, :0], completion_mask=s.completion_mask[:, :0]),
+        "8 of 8 completions, rows",
+    ),
+    "a mask of numbers": (
+        lambda s: dict(completion_mask=s.completion_mask.long()),
+        r"with a torch.int64 completion_mask of shape \(8, \d\); masks are bool, and they",
+    ),
+    "a mask of another width": (
+        lambda s: dict(completion_mask=torch.cat([s.completion_mask, s.completion_mask], 1)),
+        r"masks are bool, and they and sampler_logprobs have the shape of the ids",
+    ),
+    "log-probs of another width": (
+        lambda s: dict(sampler_logprobs=torch.zeros(8, 1)),
+        r"masks are bool, and they and sampler_logprobs have the shape of the ids",
+    ),
+    "another order": (lambda s: dict(sample_ids=s.sample_ids.flip(0)), "return one sample per row of the prompts"),
+    "other groups": (lambda s: dict(group_ids=0 * s.group_ids), "with their sample_ids and group_ids"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_that_break_the_contract_are_one_sentence(name, tmp_path):
+    change, message = SAMPLES[name]
+
+    def own(policy, prompts):
+        samples = HFGenerator(tiny.tokenizer(), seed=0, max_completion_length=6, stop_token_ids=[])(policy, prompts)
+        samples = dataclasses.replace(samples, completion_mask=samples.completion_mask & (torch.arange(6) < 4))
+        samples = dataclasses.replace(samples, sampler_logprobs=None, sampler_entropy=None)
+        for field, value in change(samples).items():
+            object.__setattr__(samples, field, value)  # shapes of a new one are checked here, but not in use
+        return samples
+
+    trainer = build.trainer(tmp_path, generator=own, eval_dataset=tiny.rows(8))
+    for verb in (trainer.collect, trainer.evaluate):
+        with pytest.raises(ConfigError, match=message):
+            verb()
+
+
+def test_greedy_samples_are_looked_at_too(tmp_path):
+    class Own:
+        def __init__(self):
+            self.inner = HFGenerator(tiny.tokenizer(), seed=0, max_completion_length=6)
+
+        def __call__(self, policy, prompts):
+            return self.inner(policy, prompts)
+
+        def greedy(self, policy, prompts):
+            samples = self.inner.greedy(policy, prompts)
+            return dataclasses.replace(samples, completion_mask=torch.zeros_like(samples.completion_mask))
+
+    with pytest.raises(ConfigError, match="generator Own returned 8 of 8 completions"):
+        build.trainer(tmp_path, generator=Own(), algorithm=ReMax()).collect()

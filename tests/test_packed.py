@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hfpg.algorithms import DAPO, GRPO, GSPO, PPO, Reinforce
+from hfpg.algorithms import CISPO, DAPO, GRPO, GSPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
 from hfpg.data import PromptData
 from hfpg.generation.hf import HFGenerator
 from hfpg.learner import Learner
@@ -255,7 +255,7 @@ def test_losses_that_look_at_other_tokens_do_not_say_token_local(monkeypatch):
         def loss(self, new, rows, credit, state=None):
             return TokenLoss(-credit.advantages * new.logprobs.sum(1, keepdim=True) ** 2, {})
 
-    for algorithm in (GSPO(), GRPO(kl_estimator="full"), Own()):
+    for algorithm in (GSPO(), GRPO(kl_estimator="full"), GRPO(kl_estimator="k2_sequence"), Own()):
         assert not algorithm.schedule(algorithm.init())["token_local"]
     actor = ActorCritic(tiny.model())
     by = build.learner(actor)
@@ -264,6 +264,45 @@ def test_losses_that_look_at_other_tokens_do_not_say_token_local(monkeypatch):
     monkeypatch.setattr(head, "KEPT_BYTES", 0)
     with pytest.raises(ValueError, match="the loss is not token_local"):
         by.gradient(rollout, credit, Own().loss, "token_mean", token_local=True)
+
+
+@pytest.mark.parametrize("estimator", ["k2_sequence", "k2", "k3"])
+@pytest.mark.parametrize("kind", [GRPO, CISPO, PPO, RLOO, Reinforce, ReinforcePlusPlus])
+def test_every_kl_in_the_loss_gets_its_gradient_after_the_policy_has_moved(kind, estimator, monkeypatch):
+    """As an update asks for it; a derivative made of the old policy's other tokens would be another one."""
+    algorithm = kind(kl_in="loss", kl_estimator=estimator, kl_coef=0.5)
+    actor = ActorCritic(tiny.model().double(), value=algorithm.value)
+    by = build.learner(actor, reference=True)
+    rollout, credit = build.rollout_of(draw(actor, 4), by)
+    away = torch.rand(rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = {"old_logprobs": rollout.old_logprobs - 1e-4 * away, "ref_logprobs": rollout.ref_logprobs - 0.3 * away}
+    rollout = dataclasses.replace(rollout, **moved)
+    for name, value in (("KEPT_BYTES", 0), ("FEWEST_TOKENS", 1), ("CHUNK_BYTES", 5 * 8 * actor.vocabulary)):
+        monkeypatch.setattr(head, name, value)
+    found = []
+    for token_local in (False, algorithm.schedule(algorithm.init())["token_local"]):
+        actor.zero_grad()
+        by.gradient(rollout, credit, algorithm.loss, algorithm.aggregation, token_local=token_local)
+        found.append(gradients(actor))
+    assert (found[0] - found[1]).norm() / found[0].norm() < 1e-12
+
+
+@pytest.mark.parametrize("estimator", ["k2_sequence", "k2", "k3"])
+def test_a_derivative_of_rounding_alone_is_no_error(estimator, monkeypatch):
+    """The first update from the reference with equal scores: all that is left is a KL of some 1e-7."""
+    algorithm = RLOO(kl_in="loss", kl_estimator=estimator, kl_coef=0.1)
+    actor = ActorCritic(tiny.model())
+    by = build.learner(actor, reference=True)
+    rollout, credit = build.rollout_of(draw(actor, 4), by)
+    noise = torch.Generator().manual_seed(0)
+    rounded = lambda x: x * (1 + 1.2e-7 * torch.randint(-1, 2, x.shape, generator=noise))  # noqa: E731
+    names = ("old_logprobs", "ref_logprobs")
+    rollout = dataclasses.replace(rollout, **{name: rounded(rollout.old_logprobs) for name in names})
+    for name, value in (("KEPT_BYTES", 0), ("FEWEST_TOKENS", 1), ("CHUNK_BYTES", 5 * 4 * actor.vocabulary)):
+        monkeypatch.setattr(head, name, value)
+    credit, token_local = Estimates(0 * credit.advantages), algorithm.schedule(algorithm.init())["token_local"]
+    by.gradient(rollout, credit, algorithm.loss, "sequence_sum", token_local=token_local)
+    assert 0 < gradients(actor).norm() < 1e-5
 
 
 # ── rows that add nothing

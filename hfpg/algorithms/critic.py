@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hfpg.algorithms.method import Method, S, State
+from hfpg.algorithms.method import MASKED, Method, S, State
 from hfpg.config import field, require
 from hfpg.ops.masked import center_and_scale
 from hfpg.ops.returns import gae
@@ -61,8 +61,10 @@ class Critic(Method):
         require(self.value_warmup >= 0, f"value_warmup={self.value_warmup} must be 0 (off) or more")
 
     def warnings(self, fresh_value_head: bool) -> list[str]:
-        """λ below 1 with a value function that knows nothing."""
+        """λ below 1 with a value function that knows nothing; V where completions are left out."""
         found = super().warnings(fresh_value_head)
+        if self.truncation == "mask":
+            found.append(MASKED)
         if fresh_value_head and self.lam < 1 and self.value_warmup == 0:
             found.append(
                 f"lam={self.lam} trusts a value head that knows nothing yet, which biases the first gradients; "

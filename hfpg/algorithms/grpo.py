@@ -12,8 +12,8 @@ from torch import Tensor
 from hfpg.algorithms.clipped import Clipped
 from hfpg.algorithms.kl_control import KLEstimator
 from hfpg.algorithms.method import S, State
-from hfpg.config import field, require
-from hfpg.ops.baselines import group_mean, group_std, leave_one_out
+from hfpg.config import field, refuse_unread, require
+from hfpg.ops.baselines import accompanied, group_mean, group_std, leave_one_out
 from hfpg.ops.kl import k3
 from hfpg.ops.masked import Aggregation
 from hfpg.ops.objectives import cispo, clip_fraction, clipped_surrogate, ratio, sequence_log_ratio
@@ -77,6 +77,8 @@ class GRPO(Clipped):
             f"is_cap={self.is_cap} is the largest ratio of objective='cispo' and at least 1, such as 5; with "
             f"objective={self.objective!r} clip_range is what counts",
         )
+        if self.objective == "cispo":
+            refuse_unread(self, "not read with objective='cispo', whose only bound is is_cap; remove it", "clip_range")
         clips = [name for name in ("dual_clip", "clip_range_high") if getattr(self, name) is not None]
         require(
             self.objective != "cispo" or not clips,
@@ -106,7 +108,10 @@ class GRPO(Clipped):
         if self.scale != "none":
             std = group_std(returns, weights, groups if self.scale == "group" else None)
             advantages = advantages / (std + STD_EPSILON)
-        spread = torch.where(rollout.completion_mask & (weights > 0)[:, None], advantages[:, None], 0)
+        counts = weights > 0
+        if self.truncation == "mask":
+            counts = counts & accompanied(weights, groups)  # see `whole_returns`
+        spread = torch.where(rollout.completion_mask & counts[:, None], advantages[:, None], 0)
         return Estimates(self.corrected(spread, rollout)), state
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -52,13 +53,18 @@ def token_kl(estimator: KLEstimator, new: Scored, rows: Rollout) -> Float[Tensor
 
 
 def kl_per_completion(rollout: Rollout) -> float:
-    """KL(π_old ‖ π_ref), nats per completion: the mean of Σ_t (log π_old − log π_ref) over what this step drew."""
-    if rollout.ref_logprobs is None:
-        return 0.0
+    """KL(π_old ‖ π_ref), nats per completion: the mean of Σ_t (log π_old − log π_ref) over all that this step drew.
+
+    Whatever their row weights: completions that nobody scored, that were cut, or whose group was drawn again are the
+    policy's too. Rows of earlier steps are not. NaN where nothing was drawn or there is no reference.
+    """
+    drawn = torch.ones_like(rollout.weights, dtype=torch.bool) if rollout.stored is None else ~rollout.stored
+    if rollout.ref_logprobs is None or not drawn.any():
+        return math.nan
     log_ratio = torch.where(rollout.completion_mask, rollout.old_logprobs - rollout.ref_logprobs, 0)
-    return float(row_mean(log_ratio.sum(1), rollout.new_weights))
+    return float(row_mean(log_ratio.sum(1), drawn.to(log_ratio.dtype)))
 
 
 def next_kl_coef(kl_coef: float, kl_target: float | None, rollout: Rollout) -> float:
-    """The coefficient for the next step."""
+    """The coefficient for the next step; the same one where no KL was measured."""
     return kl_coef if kl_target is None else adapt_kl_coef(kl_coef, kl_per_completion(rollout), kl_target)

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hfpg.algorithms.kl_control import KLEstimator, check_kl, next_kl_coef, token_kl
-from hfpg.config import check_choices, field, require
+from hfpg.config import check_choices, check_numbers, field, refuse_unread, require
 from hfpg.learner import Learner
-from hfpg.ops.baselines import RunningMoments, equal_in_group, update_running_moments
+from hfpg.ops.baselines import RunningMoments, accompanied, equal_in_group, update_running_moments
 from hfpg.ops.importance import OffPolicy, off_policy_weights, self_normalized
 from hfpg.ops.masked import Aggregation
 from hfpg.ops.returns import token_rewards
@@ -34,6 +34,25 @@ class State:
 
 
 S = TypeVar("S", bound=State)
+
+
+MASKED = (
+    "truncation='mask' without comparing the completions of one prompt: what is subtracted from a return is not the "
+    "mean of what ended, so that ending is paid for or punished (docs/algorithms/shared.md); RLOO and GRPO have no "
+    "such bias, and truncation='terminal' leaves nothing out"
+)
+"""A sentence of `warnings`."""
+
+
+def whole_returns(returns: Float[Tensor, "B C"], rollout: Rollout) -> Float[Tensor, "B C"]:
+    """The return of the whole completion on every token, for truncation='mask'; 0 for the only one left of its group.
+
+    Among completions that ended E[∇ log π] is not 0 but ∇ log P(ended). What stands on a token then has to be the
+    completion's own return less the others', or it pays for ending: a lone return would, and a reward-to-go, which
+    lacks the KL of the tokens before. docs/algorithms/shared.md; tests/oracle/test_truncation.py.
+    """
+    together = accompanied(rollout.weights, rollout.group_ids)
+    return torch.where(together[:, None], returns[:, :1], 0).expand_as(returns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +105,7 @@ class Method:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_numbers(self)
         check_kl(self.kl_coef, self.kl_target, self.kl_in, self.kl_estimator)
         for name in ("num_generations", "epochs", "minibatches"):
             count = getattr(self, name, 1)
@@ -93,11 +113,16 @@ class Method:
         for name in ("reward_clip", "reward_std", "weight_cap"):
             bound = getattr(self, name)
             require(bound is None or bound > 0, f"{name}={bound} must be above 0, or absent")
-        for name in ("missing_eos_penalty", "replay"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
+        for name in ("missing_eos_penalty", "replay", "entropy_coef", "value_coef"):
+            amount = getattr(self, name, 0)
+            require(amount >= 0, f"{name}={amount} must be 0 (off) or more")
         require(
             0 <= self.soft_overlong < 1, f"soft_overlong={self.soft_overlong} must be a share of the length, like 0.2"
         )
+        if self.kl_coef == 0:
+            refuse_unread(
+                self, "about a KL, and kl_coef=0 has none; remove it, or set kl_coef", "kl_in", "kl_estimator"
+            )
         self._check_rewards()
         self._check_off_policy()
 
@@ -112,6 +137,12 @@ class Method:
             self.truncation != "bootstrap" or self.value is not None,
             f"truncation='bootstrap' continues a cut completion with V, and {type(self).__name__} has no value "
             "function here; use truncation='terminal', or PPO or A2C",
+        )
+
+        require(
+            self.truncation != "mask" or self.missing_eos_penalty == 0,
+            f"missing_eos_penalty={self.missing_eos_penalty} is taken off cut completions, and truncation='mask' "
+            "leaves them out; use truncation='terminal'",
         )
 
     def _check_off_policy(self) -> None:
@@ -266,7 +297,8 @@ class Method:
     @property
     def token_local(self) -> bool:
         """True where the loss at a token depends on that token's scores alone. Of a loss of one's own nobody knows."""
-        return self._loss_is_hfpgs() and not (self.kl_in == "loss" and self.kl_estimator == "full")
+        whole = self.kl_in == "loss" and self.kl_estimator in ("full", "k2_sequence")  # a vocabulary's, a row's sum
+        return self._loss_is_hfpgs() and not whole
 
     def _loss_is_hfpgs(self) -> bool:
         pieces = [getattr(type(self), name, None) for name in ("loss", "regularized", "surrogate")]

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hfpg.algorithms.critic import last_values, values_of
-from hfpg.algorithms.method import Method, State
-from hfpg.config import field, require
+from hfpg.algorithms.method import Method, State, whole_returns
+from hfpg.config import field, refuse_unread, require
 from hfpg.ops.baselines import RunningMean, leave_one_out, update_running_mean
 from hfpg.ops.objectives import policy_gradient, value_error
 from hfpg.ops.returns import rewards_to_go
@@ -56,11 +56,17 @@ class Reinforce(Method):
             "nothing to compare with; set it to 4, or use baseline='ema'",
         )
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must be at least 0 and below 1, such as 0.9")
+        for name, reader in (("ema_decay", "ema"), ("value_coef", "value")):
+            if self.baseline != reader:
+                refuse_unread(
+                    self, f"read only with baseline={reader!r}, and it is {self.baseline!r}; remove it", name
+                )
         require(0 < self.gamma <= 1, f"gamma={self.gamma} must be above 0 and at most 1")
         require(
-            self.truncation != "mask" or self.baseline != "greedy",
-            "baseline='greedy' with truncation='mask' compares finished completions with a greedy one that may be "
-            "cut; use truncation='terminal', or baseline='ema'",
+            self.truncation != "mask" or self.baseline == "group",
+            f"baseline={self.baseline!r} with truncation='mask' pays for ending, or for not ending: among completions "
+            "that ended only the mean of the same prompt's others keeps the direction; use baseline='group' with "
+            "num_generations=4 (RLOO), or truncation='terminal' with missing_eos_penalty",
         )
 
     @property
@@ -80,9 +86,14 @@ class Reinforce(Method):
     def estimate(
         self, rollout: Rollout, rewards: Float[Tensor, "B C"], state: ReinforceState
     ) -> tuple[Estimates, ReinforceState]:
-        """A_t = G_t − b with G the reward-to-go. The running mean takes this batch in after it has served as b."""
+        """A_t = G_t − b with G the reward-to-go (with truncation='mask' the whole return).
+
+        The running mean takes this batch in after it has served as b.
+        """
         mask, weights = rollout.completion_mask, rollout.weights
         returns = rewards_to_go(rewards, mask, self.gamma, last_values(rollout, self.truncation))
+        if self.truncation == "mask":
+            returns = whole_returns(returns, rollout)
         running = RunningMean(state.return_total, state.return_weight)
         advantages = torch.where(mask, returns - self._baseline(rollout, returns, running), 0)
         if self.baseline == "ema":

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hfpg.algorithms.clipped import Clipped
-from hfpg.algorithms.method import S, State
+from hfpg.algorithms.method import MASKED, S, State
 from hfpg.config import field, require
 from hfpg.ops.masked import Aggregation, center_and_scale
 from hfpg.ops.returns import rewards_to_go
@@ -37,6 +37,10 @@ class ReinforcePlusPlus(Clipped):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.gamma <= 1, f"gamma={self.gamma} must be above 0 and at most 1")
+
+    def warnings(self, fresh_value_head: bool) -> list[str]:
+        """A mean over the rollout where completions are left out."""
+        return [*super().warnings(fresh_value_head), *([MASKED] if self.truncation == "mask" else [])]
 
     def estimate(self, rollout: Rollout, rewards: Float[Tensor, "B C"], state: S) -> tuple[Estimates, S]:
         """A_t: the reward-to-go, whitened over all tokens that count."""

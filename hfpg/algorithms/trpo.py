@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hfpg.algorithms.critic import last_values, values_of
-from hfpg.algorithms.method import Method, S, State
-from hfpg.config import TrainConfig, field, require
+from hfpg.algorithms.method import MASKED, Method, S, State, whole_returns
+from hfpg.config import TrainConfig, field, refuse_unread, require
 from hfpg.learner import Learner
 from hfpg.natural import Fisher, natural_step
 from hfpg.ops.baselines import leave_one_out
@@ -65,10 +65,8 @@ class TRPO(Method):
             f"TRPO without a critic compares the samples of one prompt, and num_generations={self.num_generations} "
             "leaves nothing to compare with; set it to 4, or use critic='separate'",
         )
-        require(
-            self.critic != "none" or self.lam == 1,
-            f"lam={self.lam} is the critic's, and critic='none'; use critic='separate'",
-        )
+        if self.critic == "none":
+            refuse_unread(self, "the critic's, and critic='none'; use critic='separate'", "lam", "value_epochs")
         require(
             self.entropy_coef == 0 and (self.kl_in == "reward" or self.kl_coef == 0),
             "an entropy bonus or a KL in the surrogate would make the step another one than the trust region was made "
@@ -112,13 +110,18 @@ class TRPO(Method):
     def warnings(self, fresh_value_head: bool) -> list[str]:
         """What else the run's settings do not do."""
         own = "the critic's" if self.critic == "separate" else "nobody's"
-        return [*super().warnings(fresh_value_head), f"TRPO's step is as long as max_kl says; learning_rate is {own}"]
+        found = [*super().warnings(fresh_value_head), f"TRPO's step is as long as max_kl says; learning_rate is {own}"]
+        if self.truncation == "mask" and self.critic == "separate":
+            found.append(MASKED)
+        return found
 
     def estimate(self, rollout: Rollout, rewards: Float[Tensor, "B C"], state: S) -> tuple[Estimates, S]:
         """A_t = G_t − mean of the other samples' returns; or GAE(γ, λ), with returns A + V for the critic."""
         mask, after = rollout.completion_mask, last_values(rollout, self.truncation)
         if self.critic == "none":
             returns = rewards_to_go(rewards, mask, self.gamma, after)
+            if self.truncation == "mask":
+                returns = whole_returns(returns, rollout)
             others = leave_one_out(returns[:, 0], rollout.weights, rollout.group_ids)
             advantages = torch.where(mask, returns - others[:, None], 0)
             return Estimates(self.corrected(advantages, rollout)), state

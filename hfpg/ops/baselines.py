@@ -51,6 +51,12 @@ def group_std(
     return torch.where(group.equal | (group.total_weight <= 1), 0, variance.sqrt()).to(returns.dtype)
 
 
+def accompanied(weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"] | None = None) -> Bool[Tensor, " B"]:
+    """True for rows whose group has another counting row, with which they can be compared."""
+    group = _groups(weights, weights, group_ids)
+    return group.total_weight - group.w > 0
+
+
 def equal_in_group(
     returns: Float[Tensor, " B"], weights: Float[Tensor, " B"], group_ids: Int[Tensor, " B"]
 ) -> Bool[Tensor, " B"]:

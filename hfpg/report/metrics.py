@@ -17,7 +17,7 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
     """Scores, lengths, entropy and KL of a rollout, as plain floats; means over rows use the row weights.
 
     score, score_std        of the weighted score per completion; scores/NAME for each reward function
-    kl_to_ref               nats per completion, mean of Σ_t (log π_old − log π_ref)
+    kl_to_ref               nats per completion, mean of Σ_t (log π_old − log π_ref), scored or not
     entropy                 nats per token
     length, finished        tokens per completion; share that ended by a stop token
     sampler_gap             largest |log μ − log π_old|: rounding only, or sampling and scoring disagree; absent where
@@ -44,7 +44,7 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
         found["baseline_correlation"] = float(correlation(rollout.baseline_scores, rollout.scores, known))
     if rollout.ref_logprobs is not None:
         log_ratio = torch.where(mask, rollout.old_logprobs - rollout.ref_logprobs, 0)
-        found["kl_to_ref"] = float(row_mean(log_ratio.sum(1), w))
+        found["kl_to_ref"] = float(row_mean(log_ratio.sum(1), torch.ones_like(w)))
     if rollout.sampler_logprobs is not None and not torch.equal(rollout.sampler_logprobs, rollout.old_logprobs):
         found["sampler_gap"] = float((rollout.sampler_logprobs - rollout.old_logprobs).abs().max())
     return found

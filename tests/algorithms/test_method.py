@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -22,9 +23,12 @@ from hfpg.algorithms import (
     ReinforcePlusPlus,
     ReMax,
 )
+from hfpg.algorithms.kl_control import kl_per_completion
 from hfpg.algorithms.method import State
-from hfpg.config import ConfigError
+from hfpg.config import ConfigError, parse
 from hfpg.ops.returns import token_rewards
+from hfpg.report.metrics import describe
+from hfpg.types import Estimates
 from tests.algorithms.test_reinforce import FakeLearner, new_scores, rollout
 
 
@@ -78,7 +82,7 @@ def test_the_soft_penalty_rises_over_the_last_share_of_the_length():
 
 
 def test_masked_completions_count_for_nothing_and_bootstrapped_ones_go_on():
-    used = shaped(Reinforce(truncation="mask"))
+    used = shaped(RLOO(truncation="mask"))
     assert used.weights.tolist() == [1.0, 1.0, 0.0, 0.0]
     rows = rollout(last_values=torch.tensor([5.0, 5.0, 5.0, 5.0]), values=torch.zeros(4, 4))
     plain = PPO(whiten_advantages=False, kl_coef=0.0)
@@ -93,6 +97,23 @@ def test_masked_completions_count_for_nothing_and_bootstrapped_ones_go_on():
     value = Reinforce(baseline="value", truncation="bootstrap", kl_coef=0.0)
     used, rewards, state = value.rewards(rows, value.init(), LONGEST)
     assert float(value.estimate(used, rewards, state)[0].advantages[2, 0]) == pytest.approx(4.0 + 5.0)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        RLOO(truncation="mask"),
+        TRPO(truncation="mask"),
+        GRPO(baseline="leave_one_out", scale="batch", truncation="mask"),
+    ],
+    ids=lambda a: type(a).__name__,
+)
+def test_the_only_completion_of_its_group_that_ended_has_no_credit(algorithm: Any):
+    finished, scores = torch.tensor([True, True, True, False]), torch.tensor([1.0, 2.0, 4.0, 0.0])
+    rows = rollout(group_ids=torch.tensor([0, 0, 1, 1]), finished=finished, scores=scores, weights=torch.ones(4))
+    used, rewards, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    advantages = algorithm.estimate(used, rewards, state)[0].advantages
+    assert advantages[:2, 0].all() and not advantages[2].any()
 
 
 def test_the_greedy_score_is_shaped_like_the_samples_scores():
@@ -146,9 +167,32 @@ def test_the_exact_kl_is_asked_of_the_learner_only_where_it_is_used():
     for algorithm, wanted in [
         (GRPO(), False),
         (GRPO(kl_estimator="full"), True),
-        (DrGRPO(kl_estimator="full"), False),
+        (DrGRPO(), False),
     ]:
         assert algorithm.schedule(algorithm.init())["with_kl"] is wanted
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "weights"),
+    [
+        (RLOO(kl_target=1.0), torch.tensor([1.0, 1.0, 1.0, 0.0])),  # one that nobody scored
+        (RLOO(kl_target=1.0, truncation="mask"), torch.ones(4)),  # one that was cut
+        (DAPO(kl_coef=0.05, kl_target=1.0), torch.ones(4)),  # groups of one: all scores equal, nobody counts
+        (PPO(kl_target=1.0), torch.zeros(4)),
+    ],
+    ids=["unscored", "cut", "equal scores", "no score at all"],
+)
+@pytest.mark.parametrize("kl", [0.5, 2.0])
+def test_the_controller_follows_the_reported_kl_of_all_that_was_drawn(algorithm: Any, weights: Any, kl: float):
+    rows = rollout(weights=weights)
+    lengths = rows.completion_mask.sum(1, keepdim=True)
+    shift = torch.where(rows.completion_mask, torch.tensor([[1.0], [2.0], [0.0], [5.0]]) * kl / 2 / lengths, 0)
+    rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs - shift)
+    assert describe(rows, {})["kl_to_ref"] == pytest.approx(kl, abs=1e-6)
+    used, _, state = algorithm.rewards(rows, algorithm.init(), LONGEST)
+    assert kl_per_completion(used) == pytest.approx(kl, abs=1e-6)
+    _, state = algorithm.update(FakeLearner(), used, Estimates(rows.old_logprobs), state)
+    assert state.kl_coef == pytest.approx(0.05 * (1.02 if kl > 1 else 0.98), rel=1e-6)
 
 
 # ── off-policy weights
@@ -218,7 +262,10 @@ REFUSED = [
     (functools.partial(PPO, kl_coef=0.0, kl_target=6.0), "kl_coef=0 stays 0; start it at 0.05"),
     (functools.partial(Reinforce, truncation="bootstrap"), "Reinforce has no value function here"),
     (functools.partial(GRPO, truncation="bootstrap"), "use truncation='terminal', or PPO or A2C"),
-    (functools.partial(ReMax, truncation="mask"), "compares finished completions with a greedy one that may be cut"),
+    (functools.partial(ReMax, truncation="mask"), "baseline='greedy' with truncation='mask' pays for ending, or"),
+    (functools.partial(GRPO, truncation="mask", missing_eos_penalty=1.0), "truncation='mask' leaves them out"),
+    (functools.partial(Reinforce, truncation="mask"), "use baseline='group' with num_generations=4 (RLOO), or"),
+    (functools.partial(RLOO, baseline="batch", truncation="mask"), "baseline='batch' with truncation='mask' pays"),
     (functools.partial(Reinforce, replay=2), "off_policy='none' would count them as the policy's own"),
     (functools.partial(PPO, replay=-1, off_policy="token"), "replay=-1 must be 0 (off) or more"),
     (functools.partial(PPO, weight_cap=2.0), "off_policy='none' has none; use 'truncated'"),
@@ -234,6 +281,21 @@ REFUSED = [
     (functools.partial(A2C, value_lam=1.5), "value_lam=1.5 must lie between 0 and 1"),
     (functools.partial(GRPO, resample_rounds=-1), "resample_rounds=-1 must be 0 (off) or more"),
     (functools.partial(ReinforcePlusPlus, gamma=0.0), "gamma=0.0 must be above 0 and at most 1"),
+    (functools.partial(A2C, value_coef=-1), "value_coef=-1 must be 0 (off) or more"),
+    (functools.partial(PPO, entropy_coef=-0.1), "entropy_coef=-0.1 must be 0 (off) or more"),
+    (functools.partial(PPO, kl_coef=math.inf), "kl_coef=inf must be a finite number, such as 0.05"),
+    (functools.partial(PPO, kl_target=math.nan), "kl_target=nan must be a finite number, or absent"),
+    (functools.partial(RLOO, ema_decay=0.5), "ema_decay=0.5 is read only with baseline='ema', and it is 'group'"),
+    (functools.partial(Reinforce, value_coef=0.3), "value_coef=0.3 is read only with baseline='value', and it is"),
+    (functools.partial(ReMax, value_coef=0.3), "and it is 'greedy'; remove it"),
+    (functools.partial(TRPO, value_epochs=7), "value_epochs=7 is the critic's, and critic='none'; use"),
+    (functools.partial(TRPO, lam=0.9), "lam=0.9 is the critic's, and critic='none'; use critic='separate'"),
+    (functools.partial(CISPO, clip_range=0.9), "clip_range=0.9 is not read with objective='cispo'"),
+    (functools.partial(DrGRPO, kl_estimator="full"), "kl_estimator='full' is about a KL, and kl_coef=0 has none"),
+    (
+        functools.partial(PPO, kl_coef=0.0, kl_in="loss", kl_estimator="k3"),
+        "kl_in='loss' is about a KL, and kl_coef=0",
+    ),
     (functools.partial(PPO, truncation="drop"), "truncation='drop' is unknown; choose from"),
 ]
 
@@ -243,6 +305,44 @@ def test_what_cannot_go_together_is_refused_with_the_fix(make: Any, sentence: st
     with pytest.raises(ConfigError) as caught:
         make()
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_refused_in_every_field(name: str, value: float):
+    kind = PRESETS[name]
+    numbers = [f for f in dataclasses.fields(kind) if "float" in str(f.type)]
+    assert len(numbers) > 10
+    for field in numbers:
+        with pytest.raises(ConfigError, match=f"{field.name}={value} must be a finite number, (such as|or absent)"):
+            kind(**{field.name: value})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_number_below_0_is_refused_where_it_means_nothing(name: str):
+    kind = PRESETS[name]
+    for field in dataclasses.fields(kind):
+        if "float" in str(field.type) and field.name != "reward_mean":
+            with pytest.raises(ConfigError, match=f"{field.name}=-1.0"):
+                kind(**{field.name: -1.0})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_made_of_its_own_fields_and_without_a_kl(name: str):
+    """As the command does: it passes every field, at its default or as the flag says."""
+    kind = PRESETS[name]
+    assert kind(**dataclasses.asdict(kind())) == kind()
+    assert parse((kind,), ["--kl_coef", "0"])[0] == kind(kl_coef=0.0)
+
+
+def test_a_default_of_ones_own_is_not_refused():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(RLOO):
+        ema_decay: float = 0.5
+
+    assert Mine().ema_decay == 0.5
+    with pytest.raises(ConfigError, match="ema_decay=0.9 is read only with baseline='ema', and it is 'group'"):
+        Mine(ema_decay=0.9)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +367,12 @@ def test_a_value_head_that_is_not_there_is_one_sentence(algorithm: Any):
         (DrGRPO(epochs=2), True, None),
         (GRPO(replay=1, off_policy="truncated"), True, "off-policy weights do not reach it"),
         (PPO(epochs=4), True, None),
+        (PPO(truncation="mask"), True, "ending is paid for or punished"),
+        (A2C(truncation="mask"), True, "ending is paid for or punished"),
+        (ReinforcePlusPlus(truncation="mask"), True, "ending is paid for or punished"),
+        (TRPO(critic="separate", truncation="mask"), True, "ending is paid for or punished"),
+        (RLOO(truncation="mask"), True, None),
+        (DAPO(truncation="mask"), True, None),
     ],
 )
 def test_what_is_rarely_meant_is_said(algorithm: Any, fresh: bool, sentence: str | None):

@@ -177,8 +177,9 @@ def test_the_kl_coefficient_moves_toward_its_target_from_the_state_and_not_from_
     rows = rollout()
     lengths = rows.completion_mask.sum(1, keepdim=True)
     shift = torch.where(rows.completion_mask, kl / lengths, 0)
-    shift[3] = 1e6  # a row of weight 0
-    rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs - shift)
+    shift[3] = 1e6  # a row of an earlier step
+    stored = torch.tensor([False, False, False, True])
+    rows = dataclasses.replace(rows, ref_logprobs=rows.old_logprobs - shift, stored=stored)
     algorithm = PPO(kl_coef=0.05, kl_target=6.0)
     assert algorithm.init() == State(0.05)
     _, state = algorithm.update(FakeLearner(), rows, estimate(algorithm, rows), State(0.4))

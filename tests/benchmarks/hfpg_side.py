@@ -48,7 +48,7 @@ def algorithm(work: Work) -> Any:
         return GRPO(**steps, **shared)
     if work.epochs == work.minibatches == 1:
         return RLOO(**shared)
-    kl: dict[str, Any] = dict(kl_in="reward", kl_estimator="k1")
+    kl: dict[str, Any] = dict(kl_in="reward", kl_estimator="k1") if work.kl_coef else {}
     return GRPO(baseline="leave_one_out", scale="none", aggregation="sequence_sum", **kl, **steps, **shared)
 
 

@@ -8,6 +8,7 @@ import torch
 from hfpg.ops.baselines import (
     RunningMean,
     RunningMoments,
+    accompanied,
     equal_in_group,
     group_mean,
     group_std,
@@ -15,6 +16,12 @@ from hfpg.ops.baselines import (
     update_running_mean,
     update_running_moments,
 )
+
+
+def test_a_row_is_accompanied_where_leave_one_out_has_others():
+    weights, groups = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 2, 3])
+    assert accompanied(weights, groups).tolist() == [True, True, True, False, True, False, False]
+    assert accompanied(weights[:1]).tolist() == [False] and accompanied(weights[:2]).tolist() == [True, True]
 
 
 def test_leave_one_out_is_the_mean_of_the_others():

@@ -35,7 +35,8 @@ KINDS = ["gpt2", "lstm"]
 def test_reinforce_is_unbiased(baseline, kl_coef, temperature, kind):
     """With any past mean, any value function, any score of the prompt; with KL to another reference in the reward."""
     world = World("shared" if baseline == "value" else None, temperature, kind)
-    algorithm = Reinforce(baseline=baseline, kl_coef=kl_coef, value_coef=0.0)
+    policy_alone = {"value_coef": 0.0} if baseline == "value" else {}
+    algorithm = Reinforce(baseline=baseline, kl_coef=kl_coef, **policy_alone)
     state = ReinforceState(kl_coef, return_total=0.9, return_weight=0.5)
     of_prompt = world.of_greedy() if baseline == "greedy" else torch.tensor([0.8, -1.7])[world.samples.group_ids]
     found = world.estimated_gradient(algorithm, world.rollout(baseline_scores=of_prompt), state)

@@ -28,17 +28,11 @@ def small(kind: str = "gpt2", **settings) -> World:
 def test_leave_one_out_is_unbiased(kind, count, kl_coef):
     world = small(kind)
     truth = world.objective_gradient(kl_coef)
+    in_reward = dict(kl_in="reward", kl_estimator="k1") if kl_coef else {}
     for algorithm in (
         RLOO(kl_coef=kl_coef),
         Reinforce(baseline="batch", kl_coef=kl_coef),
-        GRPO(
-            baseline="leave_one_out",
-            scale="none",
-            aggregation="sequence_sum",
-            kl_in="reward",
-            kl_estimator="k1",
-            kl_coef=kl_coef,
-        ),
+        GRPO(baseline="leave_one_out", scale="none", aggregation="sequence_sum", kl_coef=kl_coef, **in_reward),
     ):
         found = world.tuples(algorithm, count)
         if isinstance(algorithm, GRPO) and kl_coef:

@@ -10,6 +10,7 @@ on every K-tuple of completions and contracts the advantages with score vectors 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -227,7 +228,9 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 def _summing(algorithm: Any) -> Any:
     """The same method, with the aggregation that leaves a token's gradient as it is."""
-    return type(algorithm)(**(vars(algorithm) | {"aggregation": "sequence_sum", "kl_coef": 0.0, "entropy_coef": 0.0}))
+    without = {f.name: f.default for f in dataclasses.fields(algorithm) if f.name in ("kl_in", "kl_estimator")}
+    without |= {"aggregation": "sequence_sum", "kl_coef": 0.0, "entropy_coef": 0.0}
+    return type(algorithm)(**(vars(algorithm) | without))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -47,10 +47,11 @@ def test_kl_is_per_completion_over_chosen_tokens():
     assert found["kl_to_ref"] == pytest.approx((0.5 + 0 + 1.0) / 3)
 
 
-def test_kl_leaves_out_rows_of_weight_0_as_the_controller_does():
-    """The coefficient is moved by the KL of the rows that count; the metric that is watched must be the same KL."""
-    reference = torch.tensor([[-1.5, -2.0, -4.0], [96.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    assert describe(rollout(ref_logprobs=reference), {})["kl_to_ref"] == pytest.approx((0.5 + 1.0) / 2)
+def test_kl_counts_completions_that_nobody_scored():
+    """The policy drew them too."""
+    reference = torch.tensor([[-1.5, -2.0, -4.0], [-4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    rows = rollout(ref_logprobs=reference, weights=torch.tensor([1.0, 0.0, 0.0]))
+    assert describe(rows, {})["kl_to_ref"] == pytest.approx(0.5)
 
 
 def test_the_sampler_gap_is_the_largest_difference():
