@@ -8,11 +8,14 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hfpg import hub
@@ -148,6 +151,30 @@ def clear_folder(folder: Path, occupied: bool, overwrite: bool) -> None:
     )
     for path in left_by_a_run(folder) if occupied else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """No other process trains in the folder meanwhile: a job that was submitted twice would write over its own files.
+
+    Raises:
+        ConfigError: one does.
+    """
+    lock, error = FileLock(folder / "run.lock"), None
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            error = ConfigError(
+                f"another process trains in output_dir={str(folder)!r}; wait for its end, or name another folder"
+            )
+        except (OSError, NotImplementedError) as failure:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): see to it that no other process trains there", folder, failure)
+    raise_together(accelerator, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def name_of(model: Any) -> str:

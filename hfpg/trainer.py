@@ -127,8 +127,9 @@ class PolicyGradientTrainer:
             resume_from_checkpoint: True: the newest checkpoint of output_dir; or a path; default: as `args` says.
         """
         args, metrics = self.args, {}
-        self._begin(resume_from_checkpoint)
-        with self.interrupt.saving_first(self._save_before_the_end):
+        alone = preflight.alone(self.output_dir, self.accelerator)
+        with alone, self.interrupt.saving_first(self._save_before_the_end):
+            self._begin(resume_from_checkpoint)
             while self.state.global_step < args.max_steps and not self.control.should_training_stop:
                 self.events.begin_step(self.epoch)
                 samples, scores = self.collect()  # act and judge

@@ -156,6 +156,25 @@ def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
     assert [p.name for p in checkpoints(tmp_path / "c")] == ["checkpoint-2"]
 
 
+def test_no_other_process_trains_in_the_folder_meanwhile(tmp_path):
+    other = build.trainer(tmp_path, resume_from_checkpoint="True")
+
+    def judge(completions):
+        if not said:
+            said.append(1)
+            with pytest.raises(ConfigError, match="another process trains in output_dir=.*; wait for its end"):
+                other.train()
+        return [0.0] * len(completions)
+
+    said = [1]  # not in the dry call
+    run = build.trainer(tmp_path, reward=judge)
+    said.clear()
+    run.train()
+    assert said and run.state.global_step == 2
+    other.train()  # it resumes, when the first is done
+    assert other.state.global_step == 2
+
+
 def test_patience_is_counted_on(tmp_path):
     def run(steps):
         patience = EarlyStoppingCallback(early_stopping_patience=3)

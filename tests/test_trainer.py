@@ -347,7 +347,7 @@ def test_a_checkpoint_is_a_model_folder_without_pickles(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     files = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
-    assert files <= {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+    assert files <= {".json", ".jsonl", ".safetensors", ".md", ".jinja", ".lock"}
 
 
 def test_a_full_disk_is_one_sentence_and_spoils_nothing(tmp_path, monkeypatch):
