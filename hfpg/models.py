@@ -51,6 +51,7 @@ from hfpg.probes import (
     refuse_non_causal,
     takes_embeddings,
 )
+from hfpg.text_config import text_config
 from hfpg.types import Scored
 
 
@@ -82,7 +83,8 @@ class ActorCritic(nn.Module):
         fuse_activations(lm)
         fuse_norms(lm)
         self.vocabulary: int = lm.get_input_embeddings().weight.shape[0]
-        self.hidden_size: int = getattr(lm.config, "hidden_size", lm.get_input_embeddings().weight.shape[1])
+        width = lm.get_input_embeddings().weight.shape[1]
+        self.hidden_size: int = getattr(text_config(lm.config), "hidden_size", width)
         self.takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(lm.forward).parameters
         self.value: ValueHead | None = None
@@ -208,7 +210,7 @@ class ActorCritic(nn.Module):
         mask = layout.mask
         if mask.dim() == 2:
             mask = mask.long()
-        elif causal_lm(self.policy).config._attn_implementation == "eager":  # adds its mask to the scores
+        elif text_config(causal_lm(self.policy).config)._attn_implementation == "eager":  # adds its mask to the scores
             dtype = causal_lm(self.policy).dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         inputs: dict[str, Any] = {"input_ids": layout.ids, "attention_mask": mask, "use_cache": False}

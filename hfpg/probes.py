@@ -16,6 +16,7 @@ from hfpg.config import require
 from hfpg.frozen import frozen_layers, learns_below, resumes
 from hfpg.ops.packing import packed, padded
 from hfpg.pretrained import causal_lm
+from hfpg.text_config import WINDOWS, has_window, possible_windows, text_config
 
 
 logger = logging.getLogger(__name__)
@@ -77,23 +78,35 @@ def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask
 def packing_agrees(actor: Any) -> bool:
     """True if packed rows give the hidden states of padded ones: attention is by the mask and by nothing else."""
     lm = causal_lm(actor.policy)
-    by_mask = lm.config._attn_implementation in ("sdpa", "eager") and not has_window(lm.config)
-    if not actor.takes_positions or not by_mask:
+    by_mask = text_config(lm.config)._attn_implementation in ("sdpa", "eager") and not has_window(lm.config)
+    windows = any(getattr(module, name, None) for module in lm.base_model.modules() for name in WINDOWS)
+    if not actor.takes_positions or not by_mask or windows:
         return False
     device = next(actor.policy.parameters()).device
     ids = (torch.arange(24, device=device).view(4, 6) * 7 + 3) % actor.vocabulary
     ids[1, :2] = ids[0, :2]  # two completions of one prompt; all four stand in one row
     mask = torch.arange(6, device=device) < torch.tensor([6, 4, 5, 6], device=device)[:, None]
     mask[2, 0] = False
-    rows = ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:]
+    agree = packs_like_padded(actor, ids, mask)
+    for size in possible_windows(lm.config):
+        if agree:  # one text twice as long as what may be a window
+            ids = (torch.arange(2 * size, device=device)[None] * 7 + 3) % actor.vocabulary
+            agree = packs_like_padded(actor, ids, torch.ones_like(ids, dtype=torch.bool))
+    return agree
+
+
+def packs_like_padded(actor: Any, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the hidden states of these rows [B, T], prompts of two columns first, are the same packed and padded."""
+    name, rows = type(causal_lm(actor.policy)).__name__, (ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
     layouts = [padded(*rows), packed(*rows, even_if_dearer=True)]
     try:
-        hidden = [actor._trunk(lm.base_model, x, None)[x.source] for x in layouts if x is not None]
+        trunk = causal_lm(actor.policy).base_model
+        hidden = [actor._trunk(trunk, x, None)[x.source] for x in layouts if x is not None]
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-        logger.info("the rows of %s are padded, not packed (%s)", type(lm).__name__, error)
+        logger.info("the rows of %s are padded, not packed (%s)", name, error)
         return False
     if not (agree := close(*hidden)):
-        logger.info("%s looks further than its mask: rows are padded, not packed", type(lm).__name__)
+        logger.info("%s looks further than its mask: rows are padded, not packed", name)
     return agree
 
 
@@ -192,16 +205,6 @@ def is_plain(head: Any, hidden: Tensor) -> bool:
         and not (head._forward_hooks or head._forward_pre_hooks or nn.utils.parametrize.is_parametrized(head))
         and head.weight.dtype.itemsize >= 4
         and (head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type))
-    )
-
-
-def has_window(config: Any) -> bool:
-    """True for models some of whose layers see a part of the past only, or keep it in a state: their masks say less
-    than they do, and on texts shorter than the window one does not see it."""
-    sizes = ("sliding_window", "window_size", "attention_window", "local_attention", "attention_chunk_size")
-    kinds = [*(getattr(config, "layer_types", None) or []), *(getattr(config, "attention_layers", None) or [])]
-    return any(getattr(config, name, None) for name in sizes) or any(
-        kind not in ("full_attention", "global") for kind in kinds
     )
 
 
