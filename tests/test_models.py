@@ -11,6 +11,9 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
+    Llama4TextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -50,6 +53,32 @@ def test_a_model_that_gives_nan_is_not_called_bidirectional():
         ConfigError, match="Gemma2ForCausalLM gives NaN on a left-padded batch in torch.float64; load it in another"
     ):
         ActorCritic(tiny.model("gemma2").double())
+
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+READS_PADDING = [
+    RwkvConfig(vocab_size=64, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2),
+    RecurrentGemmaConfig(**(SMALL | dict(num_hidden_layers=3, num_key_value_heads=1, lru_width=32, head_dim=16))),
+    Llama4TextConfig(**SMALL, num_key_value_heads=1, head_dim=16, no_rope_layers=[1, 0], floor_scale=4),
+    BartConfig(vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=2, is_encoder_decoder=False),
+]
+
+
+@pytest.mark.parametrize("config", READS_PADDING, ids=lambda config: config.model_type)
+def test_models_that_read_left_padding_are_refused(config):
+    """A state that runs over the padding, or a position that counts it: the row would depend on its neighbours."""
+    torch.manual_seed(0)
+    model = tiny.enlarged(AutoModelForCausalLM.from_config(config).float())
+    with pytest.raises(
+        ConfigError, match=f"{type(model).__name__} reads the padding on the left of a prompt.*, such as 'gpt2'"
+    ):
+        ActorCritic(model)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_rounding_in_half_precision_is_no_padding_that_is_read(kind):
+    model = tiny.model(kind).bfloat16()
+    assert ActorCritic(model) is not None
 
 
 def test_encoder_decoders_are_refused_by_name(tmp_path):

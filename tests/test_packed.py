@@ -141,9 +141,10 @@ def test_a_window_that_the_configuration_does_not_name_is_found_by_the_probe(mon
     model = tiny.model("gpt2")
     plain = model.base_model.forward
 
-    def recurrent(*args, **kwargs):  # each position reads the one before it in the row, whatever the mask says
-        out = plain(*args, **kwargs)
-        out.last_hidden_state = out.last_hidden_state + 0.1 * out.last_hidden_state.cumsum(1)
+    def recurrent(*args, **kwargs):  # each position reads those before it in the row, but for padding on the left
+        out, mask = plain(*args, **kwargs), kwargs["attention_mask"]
+        read = out.last_hidden_state * mask[:, :, None] if mask.dim() == 2 else out.last_hidden_state
+        out.last_hidden_state = out.last_hidden_state + 0.1 * read.cumsum(1)
         return out
 
     monkeypatch.setattr(model.base_model, "forward", recurrent)
