@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from hfpg.config import require
+from hfpg.config import ConfigError, require
 from hfpg.frozen import frozen_layers, learns_below, resumes
 from hfpg.ops.packing import packed, padded
 from hfpg.pretrained import causal_lm
@@ -22,6 +22,8 @@ from hfpg.text_config import WINDOWS, has_window, possible_windows, text_config
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-4  # relative; fp32 rounding between two orders of the same sums is some 1e-6
+LOUD = 64.0  # logits of a trained model; soft caps are at 20 to 50
+LOUDER_AT_MOST = 1e3  # times; half precision ends at 65504
 COARSE_TOLERANCE = 0.05  # the same of half precision, TF32 and quantised weights
 
 
@@ -60,7 +62,10 @@ def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: 
 
 
 def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> bool:
-    """True if LM head ∘ trunk gives the model's own logits *and* the same gradient on a ragged batch."""
+    """True if LM head ∘ trunk gives the model's own logits *and* the same gradient on a ragged batch.
+
+    ConfigError for a model that gives no gradient in eval mode, in which everything is trained here.
+    """
     lm = causal_lm(actor.policy)
     head, trunk = lm.get_output_embeddings(), lm.base_model
     if head is None or trunk is lm:
@@ -71,18 +76,39 @@ def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask
     try:
         with torch.enable_grad():
             own = actor._model_logits(inputs, tokens.shape[1]).float()
-            ours = head(predicts(trunk(**inputs).last_hidden_state, tokens.shape[1])).float()
+            hidden = predicts(trunk(**inputs).last_hidden_state, tokens.shape[1])
+            ours = head(hidden).float()
             target = torch.linspace(-1, 1, own.numel(), device=own.device).view_as(own)
             gradients = [torch.autograd.grad((x * target).sum(), embedding)[0] for x in (own, ours)]
+        agree = close(own, ours) and close(*gradients) and loud_logits_agree(actor, inputs, hidden, own)
+    except AssertionError as error:  # Reformer
+        raise ConfigError(
+            f"{type(lm).__name__} gives no gradient in eval mode ({str(error).strip()[:200]}), and hfpg trains in it, "
+            "so that dropout is off; use another decoder-only model, such as 'gpt2'"
+        ) from error
     except (TypeError, AttributeError, RuntimeError) as error:
         logger.info("the LM head of %s is used through the model's own forward (%s)", type(lm).__name__, error)
         return False
     finally:
         embedding.requires_grad_(needs_grad)
-    agree = [close(own, ours), close(*gradients)]
-    if not all(agree):
+    if not agree:
         logger.info("%s does more after its LM head: scored through logits_to_keep", type(lm).__name__)
-    return all(agree)
+    return agree
+
+
+@torch.no_grad()
+def loud_logits_agree(actor: Any, inputs: dict[str, Any], hidden: Tensor, own: Tensor) -> bool:
+    """Whether LM head ∘ trunk gives the model's logits also where they are as large as a trained model's.
+
+    A soft cap at 30 is nearly the identity on the logits of a fresh model, here `own`.
+    """
+    head = causal_lm(actor.policy).get_output_embeddings()
+    louder = float((LOUD / own.abs().max()).clamp(1, LOUDER_AT_MOST))
+    handle = head.register_forward_pre_hook(lambda module, args: (louder * args[0], *args[1:]))
+    try:
+        return close(actor._model_logits(inputs, hidden.shape[1]).float(), head(hidden).float())
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

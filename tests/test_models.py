@@ -13,6 +13,8 @@ from transformers import (
     BertLMHeadModel,
     Llama4TextConfig,
     RecurrentGemmaConfig,
+    ReformerConfig,
+    ReformerModelWithLMHead,
     RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -79,6 +81,14 @@ def test_models_that_read_left_padding_are_refused(config):
 def test_rounding_in_half_precision_is_no_padding_that_is_read(kind):
     model = tiny.model(kind).bfloat16()
     assert ActorCritic(model) is not None
+
+
+def test_a_model_without_a_gradient_in_eval_mode_is_refused():
+    settings = dict(attn_layers=["local", "local"], axial_pos_embds=False, max_position_embeddings=128)
+    sizes = dict(vocab_size=64, hidden_size=32, attention_head_size=16, num_attention_heads=2, feed_forward_size=64)
+    model = ReformerModelWithLMHead(ReformerConfig(**settings, **sizes, is_decoder=True))
+    with pytest.raises(ConfigError, match="ReformerModelWithLMHead gives no gradient in eval mode"):
+        ActorCritic(model)
 
 
 def test_encoder_decoders_are_refused_by_name(tmp_path):
@@ -185,6 +195,29 @@ def test_both_ways_to_the_logits_agree_in_value_and_gradient(kind, monkeypatch):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_soft_cap_is_seen_while_the_logits_are_small():
+    """At 30 it moves a fresh model's logits by less than rounding, and a trained one's by nats."""
+    model = tiny.model("gemma2", final_logit_softcapping=30.0)
+    model.lm_head.weight = torch.nn.Parameter(0.05 * model.lm_head.weight)
+    actor = ActorCritic(model)
+    samples = build.draw(actor, stop_token_ids=[])
+    assert not actor.chunked_head and model(samples.completion_ids).logits.abs().max() < 0.5
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    given = inputs(samples)
+    logits = actor._model_logits(actor._inputs(actor.layout(**given)), samples.completion_ids.shape[1])
+    plain = logits.log_softmax(-1).gather(2, samples.completion_ids[..., None])[..., 0]
+    assert logits.abs().max() > 25
+    torch.testing.assert_close(actor(**given).logprobs, plain * samples.completion_mask, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_without_a_cap_is_computed_in_chunks_however_small_its_logits():
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-4)
+    assert ActorCritic(model).chunked_head
 
 
 # ── what is read: gaps, and the state after the last token
