@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from hfpg.config import ConfigError, require
-from hfpg.frozen import frozen_layers, learns_below, resumes
+from hfpg.frozen import frozen_layers, input_embeddings, learns_below, resumes
 from hfpg.ops.packing import packed, padded
 from hfpg.pretrained import causal_lm
 from hfpg.text_config import WINDOWS, has_window, possible_windows, text_config
@@ -154,6 +154,8 @@ def takes_embeddings(actor: Any, inputs: dict[str, Any]) -> bool:
     embed = lm.get_input_embeddings()
     if type(embed) is not nn.Embedding or embed.max_norm is not None or embed.scale_grad_by_freq:
         return False
+    if input_embeddings(lm.base_model) is not embed:
+        return False
     by_ids = lm.base_model(**inputs).last_hidden_state if actor.chunked_head else None
     given = {name: x for name, x in inputs.items() if name != "input_ids"}
     try:
@@ -187,6 +189,20 @@ def head_input_width(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: T
         "value head can be put on it; use an algorithm without one, such as Reinforce(baseline='batch')",
     )
     return captured[0].shape[-1]
+
+
+@torch.no_grad()
+def trunk_width(actor: Any, inputs: dict[str, Any]) -> int:
+    """Width of the hidden states, which a value head on a trunk of its own reads; another than that of what the LM
+    head reads in Electra and RemBERT."""
+    lm = causal_lm(actor.policy)
+    states: Any = getattr(lm.base_model(**inputs), "last_hidden_state", None)
+    require(
+        states is not None,
+        f"{type(lm).__name__} has no trunk that gives hidden states (base_model), of which value='separate' needs a "
+        "copy; use value='shared', or an algorithm without a value function, such as Reinforce(baseline='batch')",
+    )
+    return int(states.shape[-1])
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = PROBE_TOLERANCE) -> bool:

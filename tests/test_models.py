@@ -11,10 +11,12 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
+    ElectraConfig,
     Llama4TextConfig,
     RecurrentGemmaConfig,
     ReformerConfig,
     ReformerModelWithLMHead,
+    RemBertConfig,
     RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -157,6 +159,22 @@ def test_value_heads_start_at_zero_read_what_the_lm_head_reads_and_learn(kind, v
     values.sum().backward()
     reached = [p.grad is not None and bool(p.grad.any()) for p in actor.policy.parameters()]
     assert any(reached) == (value == "shared"), "a separate trunk keeps the policy out of the value's gradient"
+
+
+WIDER = [  # the LM head reads another width than the trunk gives
+    ElectraConfig(**SMALL, embedding_size=16, is_decoder=True),
+    RemBertConfig(**SMALL, input_embedding_size=24, output_embedding_size=48, is_decoder=True),
+]
+
+
+@pytest.mark.parametrize("config", WIDER, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_value_heads_have_the_width_of_what_they_read(config, value):
+    actor = ActorCritic(tiny.enlarged(AutoModelForCausalLM.from_config(config)), value)
+    actor.value.linear.weight.data.normal_()
+    scored = actor(**inputs(build.draw(actor)), with_last_values=True)
+    assert (scored.values != 0).any() and (scored.last_values != 0).all()
+    (scored.logprobs.sum() + scored.values.sum()).backward()
 
 
 def test_value_belongs_to_the_state_before_the_token():
