@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from hfpg.config import require
 from hfpg.pretrained import causal_lm, is_peft
+from hfpg.text_config import text_config
 
 
 def freeze_below(policy: Any, trainable_layers: int) -> None:
     """Let only the top layers of a model learn: embeddings, layers below, the last norm and the LM head are frozen.
 
     Raises:
-        ConfigError: no list of layers, fewer layers than asked for, or an adapter, which says itself what is trained.
+        ConfigError: no list of layers, fewer layers than asked for, layers that share parameters with those below, or
+            an adapter, which says itself what is trained.
     """
     require(
         not is_peft(policy),
@@ -37,22 +39,50 @@ def freeze_below(policy: Any, trainable_layers: int) -> None:
         1 <= trainable_layers <= len(layers),
         f"trainable_layers={trainable_layers} must lie between 1 and {len(layers)}, the layers of this {name}",
     )
+    works = next(n for n in range(trainable_layers, len(layers) + 1) if not shared_with_below(layers, n))
+    require(
+        works == trainable_layers,
+        f"trainable_layers={trainable_layers}: these layers of {name} share parameters with layers below them, which "
+        f"would learn too; use trainable_layers={works}",
+    )
     lm.requires_grad_(False)
     for layer in list(layers)[len(layers) - trainable_layers :]:
         layer.requires_grad_(True)
 
 
 def layer_list(trunk: nn.Module) -> nn.ModuleList | None:
-    """The decoder layers: the list of modules of one class that holds most of the trunk's parameters."""
-    lists = [m for m in trunk.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
-    return lists[sizes.index(max(sizes))] if lists else None
+    """The decoder layers: the list as long as the configuration says, nearest to the trunk.
+
+    They may be of several classes (Jamba). Where none is as long, the list of modules of one class that holds most of
+    the trunk's parameters.
+    """
+    named = [(name.count("."), m) for name, m in trunk.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    count = getattr(text_config(getattr(trunk, "config", None)), "num_hidden_layers", None)
+    right = [(depth, m) for depth, m in named if len(m) == count]
+    nearest = min((depth for depth, _ in right), default=0)
+    lists = [m for depth, m in right if depth == nearest]
+    lists = lists or [m for _, m in named if len({type(x) for x in m}) == 1]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
+
+
+def shared_with_below(layers: nn.ModuleList, count: int) -> bool:
+    """Whether the top `count` layers have parameters in common with those below (Zamba's transformer block)."""
+    below = {id(p) for layer in list(layers)[: len(layers) - count] for p in layer.parameters()}
+    return any(id(p) in below for layer in list(layers)[len(layers) - count :] for p in layer.parameters())
+
+
+def input_embeddings(trunk: nn.Module) -> nn.Module | None:
+    """The trunk's embeddings of its tokens; None where it does not say."""
+    try:
+        return trunk.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # such as the wrapper around BART's decoder
+        return None
 
 
 def frozen_layers(trunk: nn.Module) -> int:
     """How many layers, from the first, have nothing to learn, with the embeddings below them; 0 where one has."""
     layers = layer_list(trunk)
-    embeddings = getattr(trunk, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(trunk)
     if layers is None or embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
         return 0
     learning = [any(p.requires_grad for p in layer.parameters()) for layer in layers]

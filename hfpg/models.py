@@ -50,7 +50,9 @@ from hfpg.probes import (
     predicts,
     refuse_non_causal,
     takes_embeddings,
+    trunk_width,
 )
+from hfpg.text_config import text_config
 from hfpg.types import Scored
 
 
@@ -68,8 +70,9 @@ class ActorCritic(nn.Module):
         value: None, "shared" (a linear head on what the LM head reads) or "separate" (a trunk of its own, copied from
             the policy's, with such a head).
     Raises:
-        ConfigError: the model is not causal (changing the last token moves earlier logits), or a value head is asked
-            of a model whose LM head cannot be found.
+        ConfigError: the model is not causal (changing the last token moves earlier logits), reads the padding on the
+            left of a prompt, gives no gradient in eval mode, or a value head is asked of a model whose LM head
+            ("shared") or trunk ("separate") cannot be found.
 
     Both heads start at zero, so the first values are 0. The module is always in eval mode: dropout of every kind is
     off in scoring and in training, or the ratio of the first minibatch would not be 1.
@@ -82,7 +85,8 @@ class ActorCritic(nn.Module):
         fuse_activations(lm)
         fuse_norms(lm)
         self.vocabulary: int = lm.get_input_embeddings().weight.shape[0]
-        self.hidden_size: int = getattr(lm.config, "hidden_size", lm.get_input_embeddings().weight.shape[1])
+        width = lm.get_input_embeddings().weight.shape[1]
+        self.hidden_size: int = getattr(text_config(lm.config), "hidden_size", width)
         self.takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(lm.forward).parameters
         self.value: ValueHead | None = None
@@ -95,7 +99,7 @@ class ActorCritic(nn.Module):
         self.packs = self.chunked_head and packing_agrees(self)
         self.frozen_layers = layers_that_stand_still(self, batch[0])
         if value is not None:
-            width = head_input_width(self, *batch)
+            width = head_input_width(self, *batch) if value == "shared" else trunk_width(self, batch[0])
             trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
             self.value = ValueHead(width, trunk).to(next(lm.parameters()).device)
         self.eval()
@@ -208,7 +212,7 @@ class ActorCritic(nn.Module):
         mask = layout.mask
         if mask.dim() == 2:
             mask = mask.long()
-        elif causal_lm(self.policy).config._attn_implementation == "eager":  # adds its mask to the scores
+        elif text_config(causal_lm(self.policy).config)._attn_implementation == "eager":  # adds its mask to the scores
             dtype = causal_lm(self.policy).dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         inputs: dict[str, Any] = {"input_ids": layout.ids, "attention_mask": mask, "use_cache": False}

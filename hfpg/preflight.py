@@ -25,6 +25,7 @@ from hfpg.data import PromptData, plain_text, read_chat_template
 from hfpg.distributed import raise_together
 from hfpg.rewards import Judge, RewardError
 from hfpg.rewards.judge import DryCall, beside
+from hfpg.text_config import context_length as context_length  # said again: callers ask it of this module
 from hfpg.types import Samples
 
 
@@ -204,14 +205,6 @@ def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = read_chat_template(args.chat_template)
     return tokenizer
-
-
-def context_length(config: Any) -> int | None:
-    """Longest sequence that the model can take, or None if it does not say."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    return None
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, stop_token_ids: list[int] | None) -> None:

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from hfpg.config import require
-from hfpg.frozen import frozen_layers, learns_below, resumes
+from hfpg.config import ConfigError, require
+from hfpg.frozen import frozen_layers, input_embeddings, learns_below, resumes
 from hfpg.ops.packing import packed, padded
 from hfpg.pretrained import causal_lm
+from hfpg.text_config import WINDOWS, has_window, possible_windows, text_config
 
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-4  # relative; fp32 rounding between two orders of the same sums is some 1e-6
+LOUD = 64.0  # logits of a trained model; soft caps are at 20 to 50
+LOUDER_AT_MOST = 1e3  # times; half precision ends at 65504
+COARSE_TOLERANCE = 0.05  # the same of half precision, TF32 and quantised weights
 
 
 def predicts(x: Tensor, completion_length: int) -> Tensor:
@@ -29,7 +33,8 @@ def predicts(x: Tensor, completion_length: int) -> Tensor:
 
 
 def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> None:
-    """ConfigError for a model that gives NaN on padding, or whose earlier logits move with the last token."""
+    """ConfigError for a model that gives NaN on padding, whose earlier logits move with the last token, or that reads
+    its padding: prompts are padded on the left, and the padded row must be the row alone."""
     lm, changed = causal_lm(actor.policy), dict(inputs)
     changed["input_ids"] = inputs["input_ids"].clone()
     changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % actor.vocabulary
@@ -40,15 +45,27 @@ def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: 
         "attn_implementation, or see whether its weights are whole",
     )
     require(
-        bool((before - after).abs().max() <= PROBE_TOLERANCE * before.abs().max().clamp(min=1e-6)),
+        close(before, after),
         f"{type(lm).__name__} is not causal: changing the last token moves the logits of earlier ones, so it "
-        "cannot generate from left to right; use a decoder-only model such as 'gpt2' (BERT and BART classes need "
+        "cannot generate from left to right; use a decoder-only model such as 'gpt2' (BERT classes need "
         "is_decoder=True)",
+    )
+    alone = {name: x[1:, 2:] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    exact = all(p.dtype.itemsize >= 4 for p in lm.parameters()) and torch.get_float32_matmul_precision() == "highest"
+    tolerance = PROBE_TOLERANCE if exact else COARSE_TOLERANCE
+    require(
+        close(lm(**alone).logits[:, :-1], before[1:], tolerance),
+        f"{type(lm).__name__} reads the padding on the left of a prompt: a padded row has other logits than the row "
+        "alone (RWKV, xLSTM, RecurrentGemma and BART's family do), and hfpg pads prompts; use a model that masks its "
+        "padding, such as 'gpt2', Llama or Mamba",
     )
 
 
 def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> bool:
-    """True if LM head ∘ trunk gives the model's own logits *and* the same gradient on a ragged batch."""
+    """True if LM head ∘ trunk gives the model's own logits *and* the same gradient on a ragged batch.
+
+    ConfigError for a model that gives no gradient in eval mode, in which everything is trained here.
+    """
     lm = causal_lm(actor.policy)
     head, trunk = lm.get_output_embeddings(), lm.base_model
     if head is None or trunk is lm:
@@ -59,41 +76,74 @@ def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask
     try:
         with torch.enable_grad():
             own = actor._model_logits(inputs, tokens.shape[1]).float()
-            ours = head(predicts(trunk(**inputs).last_hidden_state, tokens.shape[1])).float()
+            hidden = predicts(trunk(**inputs).last_hidden_state, tokens.shape[1])
+            ours = head(hidden).float()
             target = torch.linspace(-1, 1, own.numel(), device=own.device).view_as(own)
             gradients = [torch.autograd.grad((x * target).sum(), embedding)[0] for x in (own, ours)]
+        agree = close(own, ours) and close(*gradients) and loud_logits_agree(actor, inputs, hidden, own)
+    except AssertionError as error:  # Reformer
+        raise ConfigError(
+            f"{type(lm).__name__} gives no gradient in eval mode ({str(error).strip()[:200]}), and hfpg trains in it, "
+            "so that dropout is off; use another decoder-only model, such as 'gpt2'"
+        ) from error
     except (TypeError, AttributeError, RuntimeError) as error:
         logger.info("the LM head of %s is used through the model's own forward (%s)", type(lm).__name__, error)
         return False
     finally:
         embedding.requires_grad_(needs_grad)
-    agree = [close(own, ours), close(*gradients)]
-    if not all(agree):
+    if not agree:
         logger.info("%s does more after its LM head: scored through logits_to_keep", type(lm).__name__)
-    return all(agree)
+    return agree
+
+
+@torch.no_grad()
+def loud_logits_agree(actor: Any, inputs: dict[str, Any], hidden: Tensor, own: Tensor) -> bool:
+    """Whether LM head ∘ trunk gives the model's logits also where they are as large as a trained model's.
+
+    A soft cap at 30 is nearly the identity on the logits of a fresh model, here `own`.
+    """
+    head = causal_lm(actor.policy).get_output_embeddings()
+    louder = float((LOUD / own.abs().max()).clamp(1, LOUDER_AT_MOST))
+    handle = head.register_forward_pre_hook(lambda module, args: (louder * args[0], *args[1:]))
+    try:
+        return close(actor._model_logits(inputs, hidden.shape[1]).float(), head(hidden).float())
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
 def packing_agrees(actor: Any) -> bool:
     """True if packed rows give the hidden states of padded ones: attention is by the mask and by nothing else."""
     lm = causal_lm(actor.policy)
-    by_mask = lm.config._attn_implementation in ("sdpa", "eager") and not has_window(lm.config)
-    if not actor.takes_positions or not by_mask:
+    by_mask = text_config(lm.config)._attn_implementation in ("sdpa", "eager") and not has_window(lm.config)
+    windows = any(getattr(module, name, None) for module in lm.base_model.modules() for name in WINDOWS)
+    if not actor.takes_positions or not by_mask or windows:
         return False
     device = next(actor.policy.parameters()).device
     ids = (torch.arange(24, device=device).view(4, 6) * 7 + 3) % actor.vocabulary
     ids[1, :2] = ids[0, :2]  # two completions of one prompt; all four stand in one row
     mask = torch.arange(6, device=device) < torch.tensor([6, 4, 5, 6], device=device)[:, None]
     mask[2, 0] = False
-    rows = ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:]
+    agree = packs_like_padded(actor, ids, mask)
+    for size in possible_windows(lm.config):
+        if agree:  # one text twice as long as what may be a window
+            ids = (torch.arange(2 * size, device=device)[None] * 7 + 3) % actor.vocabulary
+            agree = packs_like_padded(actor, ids, torch.ones_like(ids, dtype=torch.bool))
+    return agree
+
+
+def packs_like_padded(actor: Any, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the hidden states of these rows [B, T], prompts of two columns first, are the same packed and padded."""
+    name, rows = type(causal_lm(actor.policy)).__name__, (ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
     layouts = [padded(*rows), packed(*rows, even_if_dearer=True)]
     try:
-        hidden = [actor._trunk(lm.base_model, x, None)[x.source] for x in layouts if x is not None]
+        trunk = causal_lm(actor.policy).base_model
+        hidden = [actor._trunk(trunk, x, None)[x.source] for x in layouts if x is not None]
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-        logger.info("the rows of %s are padded, not packed (%s)", type(lm).__name__, error)
+        logger.info("the rows of %s are padded, not packed (%s)", name, error)
         return False
     if not (agree := close(*hidden)):
-        logger.info("%s looks further than its mask: rows are padded, not packed", type(lm).__name__)
+        logger.info("%s looks further than its mask: rows are padded, not packed", name)
     return agree
 
 
@@ -103,6 +153,8 @@ def takes_embeddings(actor: Any, inputs: dict[str, Any]) -> bool:
     lm = causal_lm(actor.policy)
     embed = lm.get_input_embeddings()
     if type(embed) is not nn.Embedding or embed.max_norm is not None or embed.scale_grad_by_freq:
+        return False
+    if input_embeddings(lm.base_model) is not embed:
         return False
     by_ids = lm.base_model(**inputs).last_hidden_state if actor.chunked_head else None
     given = {name: x for name, x in inputs.items() if name != "input_ids"}
@@ -139,8 +191,22 @@ def head_input_width(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: T
     return captured[0].shape[-1]
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= PROBE_TOLERANCE * a.abs().max().clamp(min=1e-6))
+@torch.no_grad()
+def trunk_width(actor: Any, inputs: dict[str, Any]) -> int:
+    """Width of the hidden states, which a value head on a trunk of its own reads; another than that of what the LM
+    head reads in Electra and RemBERT."""
+    lm = causal_lm(actor.policy)
+    states: Any = getattr(lm.base_model(**inputs), "last_hidden_state", None)
+    require(
+        states is not None,
+        f"{type(lm).__name__} has no trunk that gives hidden states (base_model), of which value='separate' needs a "
+        "copy; use value='shared', or an algorithm without a value function, such as Reinforce(baseline='batch')",
+    )
+    return int(states.shape[-1])
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = PROBE_TOLERANCE) -> bool:
+    return bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-6))
 
 
 def fuse_activations(lm: nn.Module) -> None:
@@ -192,16 +258,6 @@ def is_plain(head: Any, hidden: Tensor) -> bool:
         and not (head._forward_hooks or head._forward_pre_hooks or nn.utils.parametrize.is_parametrized(head))
         and head.weight.dtype.itemsize >= 4
         and (head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type))
-    )
-
-
-def has_window(config: Any) -> bool:
-    """True for models some of whose layers see a part of the past only, or keep it in a state: their masks say less
-    than they do, and on texts shorter than the window one does not see it."""
-    sizes = ("sliding_window", "window_size", "attention_window", "local_attention", "attention_chunk_size")
-    kinds = [*(getattr(config, "layer_types", None) or []), *(getattr(config, "attention_layers", None) or [])]
-    return any(getattr(config, name, None) for name in sizes) or any(
-        kind not in ("full_attention", "global") for kind in kinds
     )
 
 

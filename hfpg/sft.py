@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hfpg.config import ConfigError, no_progress_bar, require
+from hfpg.text_config import context_length
 
 
 IGNORED = -100  # the label of a position that is not learnt, as in transformers
@@ -62,7 +63,7 @@ def fine_tune(
     require(not taken, f"{output_dir} exists; name a folder that does not, or remove it")
     if output_dir is not None:
         _refuse_unwritable(Path(output_dir))
-    rows = tokenized(tokenizer, texts, prompts, getattr(model.config, "max_position_embeddings", None))
+    rows = tokenized(tokenizer, texts, prompts, context_length(model.config))
     held, learnt = rows[:held_out], rows[held_out:]
     with TemporaryDirectory() as folder:
         how: dict[str, Any] = QUIET | {"dataloader_pin_memory": torch.cuda.is_available()} | settings

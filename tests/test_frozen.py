@@ -8,10 +8,11 @@ import dataclasses
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BartConfig, JambaConfig, Zamba2Config
 
 from hfpg.algorithms import PPO
 from hfpg.config import ConfigError
-from hfpg.frozen import freeze_below, layer_list
+from hfpg.frozen import freeze_below, frozen_layers, input_embeddings, layer_list
 from hfpg.models import ActorCritic, Reference, load_actor_critic, load_value_head, save_actor_critic
 from tests import build, tiny
 
@@ -147,6 +148,71 @@ def test_an_adapter_on_the_top_layer_has_frozen_layers_below():
 def test_impossible_numbers_of_layers_are_refused(kind, layers, message):
     with pytest.raises(ConfigError, match=message):
         freeze_below(tiny.model(kind), layers)
+
+
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+MIXED = {  # layers of two classes; in Zamba's, one transformer block stands in several of them
+    "jamba": lambda: JambaConfig(
+        **SMALL,
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+    ),
+    "zamba2": lambda: Zamba2Config(
+        **SMALL,
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+        layer_types=["mamba", "hybrid"] * 2,
+        hybrid_layer_ids=[1, 3],
+        mamba_headdim=16,
+        n_mamba_heads=4,
+        mamba_ngroups=1,
+        mamba_d_state=8,
+        num_mem_blocks=1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("jamba", 1), ("zamba2", 3)])
+def test_layers_of_several_classes_are_the_layers(kind, layers):
+    model = tiny.enlarged(AutoModelForCausalLM.from_config(MIXED[kind]()).float())
+    assert layer_list(model.base_model) is model.base_model.layers
+    freeze_below(model, layers)
+    learning = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {str(i) for i in range(4 - layers, 4)}
+    actor = ActorCritic(model)
+    samples = build.draw(actor)
+    rows = (samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+    found = build.learner(actor).score(samples).logprobs
+    torch.testing.assert_close(found, actor(*rows).logprobs.detach(), rtol=0, atol=1e-5)
+
+
+def test_layers_that_share_parameters_with_those_below_are_refused():
+    model = AutoModelForCausalLM.from_config(MIXED["zamba2"]())
+    with pytest.raises(
+        ConfigError,
+        match="layers of Zamba2ForCausalLM share parameters with layers below.*use trainable_layers=3",
+    ):
+        freeze_below(model, 1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_layers_of_a_nested_model_are_its_text_models():
+    model = tiny.nested_gemma()
+    assert layer_list(model.base_model) is model.base_model.language_model.layers
+    freeze_below(model, 1)
+    assert ActorCritic(model).frozen_layers == 1
+
+
+def test_a_trunk_that_does_not_say_its_embeddings_has_no_frozen_layers():
+    """The wrapper around BART's decoder raises."""
+    config = BartConfig(vocab_size=64, d_model=32, decoder_layers=1, is_encoder_decoder=False)
+    trunk = AutoModelForCausalLM.from_config(config).base_model
+    assert input_embeddings(trunk) is None and frozen_layers(trunk) == 0
 
 
 def test_an_adapter_says_itself_what_is_trained():

@@ -11,6 +11,13 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
+    ElectraConfig,
+    Llama4TextConfig,
+    RecurrentGemmaConfig,
+    ReformerConfig,
+    ReformerModelWithLMHead,
+    RemBertConfig,
+    RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -50,6 +57,40 @@ def test_a_model_that_gives_nan_is_not_called_bidirectional():
         ConfigError, match="Gemma2ForCausalLM gives NaN on a left-padded batch in torch.float64; load it in another"
     ):
         ActorCritic(tiny.model("gemma2").double())
+
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+READS_PADDING = [
+    RwkvConfig(vocab_size=64, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2),
+    RecurrentGemmaConfig(**(SMALL | dict(num_hidden_layers=3, num_key_value_heads=1, lru_width=32, head_dim=16))),
+    Llama4TextConfig(**SMALL, num_key_value_heads=1, head_dim=16, no_rope_layers=[1, 0], floor_scale=4),
+    BartConfig(vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=2, is_encoder_decoder=False),
+]
+
+
+@pytest.mark.parametrize("config", READS_PADDING, ids=lambda config: config.model_type)
+def test_models_that_read_left_padding_are_refused(config):
+    """A state that runs over the padding, or a position that counts it: the row would depend on its neighbours."""
+    torch.manual_seed(0)
+    model = tiny.enlarged(AutoModelForCausalLM.from_config(config).float())
+    with pytest.raises(
+        ConfigError, match=f"{type(model).__name__} reads the padding on the left of a prompt.*, such as 'gpt2'"
+    ):
+        ActorCritic(model)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_rounding_in_half_precision_is_no_padding_that_is_read(kind):
+    model = tiny.model(kind).bfloat16()
+    assert ActorCritic(model) is not None
+
+
+def test_a_model_without_a_gradient_in_eval_mode_is_refused():
+    settings = dict(attn_layers=["local", "local"], axial_pos_embds=False, max_position_embeddings=128)
+    sizes = dict(vocab_size=64, hidden_size=32, attention_head_size=16, num_attention_heads=2, feed_forward_size=64)
+    model = ReformerModelWithLMHead(ReformerConfig(**settings, **sizes, is_decoder=True))
+    with pytest.raises(ConfigError, match="ReformerModelWithLMHead gives no gradient in eval mode"):
+        ActorCritic(model)
 
 
 def test_encoder_decoders_are_refused_by_name(tmp_path):
@@ -120,6 +161,22 @@ def test_value_heads_start_at_zero_read_what_the_lm_head_reads_and_learn(kind, v
     assert any(reached) == (value == "shared"), "a separate trunk keeps the policy out of the value's gradient"
 
 
+WIDER = [  # the LM head reads another width than the trunk gives
+    ElectraConfig(**SMALL, embedding_size=16, is_decoder=True),
+    RemBertConfig(**SMALL, input_embedding_size=24, output_embedding_size=48, is_decoder=True),
+]
+
+
+@pytest.mark.parametrize("config", WIDER, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_value_heads_have_the_width_of_what_they_read(config, value):
+    actor = ActorCritic(tiny.enlarged(AutoModelForCausalLM.from_config(config)), value)
+    actor.value.linear.weight.data.normal_()
+    scored = actor(**inputs(build.draw(actor)), with_last_values=True)
+    assert (scored.values != 0).any() and (scored.last_values != 0).all()
+    (scored.logprobs.sum() + scored.values.sum()).backward()
+
+
 def test_value_belongs_to_the_state_before_the_token():
     """V(s_t) must not move when token t does, and must move for t + 1."""
     actor = ActorCritic(tiny.model(), "shared")
@@ -156,6 +213,29 @@ def test_both_ways_to_the_logits_agree_in_value_and_gradient(kind, monkeypatch):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_soft_cap_is_seen_while_the_logits_are_small():
+    """At 30 it moves a fresh model's logits by less than rounding, and a trained one's by nats."""
+    model = tiny.model("gemma2", final_logit_softcapping=30.0)
+    model.lm_head.weight = torch.nn.Parameter(0.05 * model.lm_head.weight)
+    actor = ActorCritic(model)
+    samples = build.draw(actor, stop_token_ids=[])
+    assert not actor.chunked_head and model(samples.completion_ids).logits.abs().max() < 0.5
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    given = inputs(samples)
+    logits = actor._model_logits(actor._inputs(actor.layout(**given)), samples.completion_ids.shape[1])
+    plain = logits.log_softmax(-1).gather(2, samples.completion_ids[..., None])[..., 0]
+    assert logits.abs().max() > 25
+    torch.testing.assert_close(actor(**given).logprobs, plain * samples.completion_mask, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_without_a_cap_is_computed_in_chunks_however_small_its_logits():
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-4)
+    assert ActorCritic(model).chunked_head
 
 
 # ── what is read: gaps, and the state after the last token

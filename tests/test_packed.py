@@ -17,6 +17,7 @@ from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference
 from hfpg.ops import head
 from hfpg.ops.packing import packed, packed_batches
+from hfpg.text_config import possible_windows
 from hfpg.token_local import Slopes
 from hfpg.types import Estimates, Samples, TokenLoss
 from tests import build, tiny
@@ -109,13 +110,41 @@ def test_models_that_look_further_than_their_mask_are_not_packed(kind):
     assert not ActorCritic(tiny.model(kind)).packs
 
 
+@pytest.mark.parametrize("level", ["text", "layer"])
+def test_a_window_longer_than_the_probe_is_found_wherever_it_is_named(level):
+    """Gemma 3 has its text model's window one level down; a layer may know of one that no configuration names."""
+    if level == "text":
+        model = tiny.nested_gemma(sliding_window=32)
+        assert not hasattr(model.config, "sliding_window") and model.config.text_config.sliding_window == 32
+    else:
+        model = tiny.model("gpt2")
+        model.transformer.h[0].attn.sliding_window = 32
+    actor = ActorCritic(model)
+    assert not actor.packs
+    prompt, completions = torch.arange(60).repeat(4, 1) % 60 + 2, torch.arange(32).view(4, 8) + 2
+    seen = [torch.ones_like(x, dtype=torch.bool) for x in (prompt, completions)]
+    given = actor(prompt, seen[0], completions, seen[1]).logprobs
+    logits = model(input_ids=torch.cat([prompt, completions], 1)).logits[:, 59:-1]
+    plain = logits.log_softmax(-1).gather(2, completions[..., None])[..., 0]
+    torch.testing.assert_close(given, plain, rtol=0, atol=1e-5)
+
+
+def test_a_window_under_a_name_of_its_own_is_probed_at_its_own_length(monkeypatch):
+    for module in ("probes", "text_config"):
+        monkeypatch.setattr(f"hfpg.{module}.WINDOWS", ())
+    assert possible_windows(tiny.model("mistral", sliding_window=30).config) == [30]
+    assert not ActorCritic(tiny.model("mistral", sliding_window=30)).packs
+    assert ActorCritic(tiny.model("mistral", sliding_window=600)).packs, "too long to be probed"
+
+
 def test_a_window_that_the_configuration_does_not_name_is_found_by_the_probe(monkeypatch):
     model = tiny.model("gpt2")
     plain = model.base_model.forward
 
-    def recurrent(*args, **kwargs):  # each position reads the one before it in the row, whatever the mask says
-        out = plain(*args, **kwargs)
-        out.last_hidden_state = out.last_hidden_state + 0.1 * out.last_hidden_state.cumsum(1)
+    def recurrent(*args, **kwargs):  # each position reads those before it in the row, but for padding on the left
+        out, mask = plain(*args, **kwargs), kwargs["attention_mask"]
+        read = out.last_hidden_state * mask[:, :, None] if mask.dim() == 2 else out.last_hidden_state
+        out.last_hidden_state = out.last_hidden_state + 0.1 * read.cumsum(1)
         return out
 
     monkeypatch.setattr(model.base_model, "forward", recurrent)

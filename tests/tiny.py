@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -79,11 +81,29 @@ def model(kind: str = "gpt2", seed: int = 0, vocabulary: int = VOCABULARY, **cha
         made = LSTMForCausalLM(LSTMConfig(**(settings | changes)))
     else:
         raise ValueError(f"no architecture {kind!r}; there are {ARCHITECTURES}")
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(4)  # the usual 0.02 leaves every distribution uniform: nothing would be tested
+    return enlarged(made)
+
+
+@torch.no_grad()
+def enlarged(made: Any) -> Any:
+    """A model whose matrices are four times as large: the usual 0.02 leaves every distribution uniform."""
+    for parameter in made.parameters():
+        if parameter.dim() >= 2:
+            parameter.mul_(4)
     return made.eval()
+
+
+def nested_gemma(**changes: Any) -> Any:
+    """Gemma 3 with its eyes: what its text model is stands one level down in the configuration."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    text = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, **ids)
+    text |= dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=32, max_position_embeddings=96)
+    text |= dict(layer_types=["sliding_attention", "full_attention"], initializer_range=0.2)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(image_size=8, patch_size=4, **small)
+    config = Gemma3Config(text_config=text | changes, vision_config=vision, mm_tokens_per_image=4)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def rows(count: int = 40, longest: int = 5) -> list[dict[str, Any]]:

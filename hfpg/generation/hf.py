@@ -222,12 +222,14 @@ def drawn(prompts: Prompts, ids: Int[Tensor, "B C"], pad: int, sampler: KeyedSam
 def fresh_generation_config(lm: PreTrainedModel) -> Iterator[None]:
     """`generate` fills unset options from the model's own config (top_k = 50, penalties, …): hide it.
 
-    And the id of its padding: GPT-2 would take drawn tokens of that id for padding, and warn of a mask that is not
-    needed.
+    And no word of padding: GPT-2 takes a drawn token of its padding's id for one, and warns of a mask that is not
+    needed. The id itself stays: some configurations refuse None.
     """
-    own, padding = lm.generation_config, getattr(lm.config, "pad_token_id", None)
-    lm.generation_config, lm.config.pad_token_id = GenerationConfig(), None
+    own, trunk, warning = lm.generation_config, lm.base_model, "warn_if_padding_and_no_attention_mask"
+    lm.generation_config = GenerationConfig()
+    vars(trunk)[warning] = lambda *_, **__: None
     try:
         yield
     finally:
-        lm.generation_config, lm.config.pad_token_id = own, padding
+        lm.generation_config = own
+        del vars(trunk)[warning]

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hfpg.generation.decoding import Decoding
 from hfpg.generation.stock import Finished, KeyedSampler
 from hfpg.linear import half_linears
+from hfpg.text_config import text_config
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def stands_still(model: PreTrainedModel, stop: Finished, config: GenerationConfi
     """Whether steps of this call may be recorded: on a GPU, with attention that takes a mask, without stop strings."""
     return (
         model.device.type == "cuda"
-        and model.config._attn_implementation == "sdpa"
+        and text_config(model.config)._attn_implementation == "sdpa"
         and stop.strings is None  # looked for by the host, in text
         and not config.disable_compile
     )

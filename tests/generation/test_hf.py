@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, ModernBertDecoderConfig
 
 from hfpg.config import ConfigError
 from hfpg.data import PromptData
@@ -139,3 +139,15 @@ def test_drawn_tokens_are_not_taken_for_padding(caplog, monkeypatch):
     samples = HFGenerator(tiny.tokenizer(), seed=1, max_completion_length=20)(model, prompts)
     assert (samples.completion_ids[samples.completion_mask] == 52).any()
     assert not warned and model.config.pad_token_id == 52
+
+
+def test_a_configuration_that_insists_on_its_padding():
+    """ModernBERT's refuses None as the id of its padding: it is left alone."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = ModernBertDecoderConfig(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    model = tiny.enlarged(AutoModelForCausalLM.from_config(config))
+    data = PromptData(tiny.rows(4), tiny.tokenizer())
+    samples = HFGenerator(tiny.tokenizer(), seed=1, max_completion_length=6)(
+        model, data.rows(range(4), torch.arange(4), 1, "cpu")
+    )
+    assert samples.completion_mask.any() and model.config.pad_token_id == 1
