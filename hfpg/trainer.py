@@ -39,7 +39,7 @@ from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.replay import Replay
-from hfpg.report.card import CardFacts, model_card
+from hfpg.report.card import CardFacts, loadable, model_card
 from hfpg.report.clock import Clock
 from hfpg.report.completions import describe_evaluation, records, shown
 from hfpg.report.floor import Floor
@@ -329,7 +329,7 @@ class PolicyGradientTrainer:
         def write() -> None:
             save_actor_critic(self.learner.actor, folder)
             self.processing_class.save_pretrained(folder)
-            (folder / "README.md").write_text(self.model_card(repo_id), encoding="utf-8")
+            (folder / "README.md").write_text(self.model_card(repo_id or loadable(folder)), encoding="utf-8")
 
         self._on_main(write)
         return folder
@@ -341,7 +341,7 @@ class PolicyGradientTrainer:
         found = versions()
         return model_card(
             CardFacts(
-                model_name=repo_id or self.output_dir.name,
+                model_name=repo_id or loadable(self.output_dir),
                 base_model=None if self.facts.get("embedded") or Path(self.model_name).exists() else self.model_name,
                 is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
