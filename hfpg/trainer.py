@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.replay import Replay
 from hfpg.report.card import CardFacts, loadable, model_card
 from hfpg.report.clock import Clock
+from hfpg.report.command import command_line
 from hfpg.report.completions import describe_evaluation, records, shown
 from hfpg.report.floor import Floor
 from hfpg.report.metrics import describe, explained_variance
@@ -354,7 +354,7 @@ class PolicyGradientTrainer:
                 config=self.args.to_dict(),
                 versions=found,
                 hfpg_version=found["hfpg"],
-                command=" ".join(sys.argv),
+                command=command_line(),
                 seconds=self.seconds,
                 value_head=self.learner.actor.value_kind,
             )

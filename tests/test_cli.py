@@ -78,9 +78,13 @@ def test_it_trains(name, tmp_path):
     """Two steps of the embedded model, by the console script's own module."""
     flags = ["--max_steps", "2", "--prompts_per_step", "4", "--num_generations", "2", "--max_completion_length", "6"]
     flags += ["--eval_prompts", "8", "--torch_threads", "1", "--output_dir", str(tmp_path / "run")]
+    flags += ["--run_name", "my run"]
     command = [sys.executable, "-m", "hfpg.cli", "train", "--algorithm", name, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["algorithm"]["name"] == PRESETS[name].__name__
-    assert (tmp_path / "run" / "final" / "README.md").is_file()
+    again = f"python -m hfpg.cli train --algorithm {name} --max_steps 2"
+    assert run["command"].startswith(again) and run["command"].endswith("--run_name 'my run'")
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert f"\n{again}" in card and "--run_name 'my run'\n" in card
