@@ -80,7 +80,8 @@ class HFGenerator:
     ):
         self.tokenizer, self.seed, self.max_completion_length = tokenizer, seed, max_completion_length
         self.temperature, self.max_tokens, self.value_head = temperature, max_tokens, value_head
-        self.stop_token_ids, self.stop_strings = stop_token_ids, list(stop_strings or [])
+        self.stop_token_ids = stop_token_ids
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
         self.options = dict(generation_kwargs or {})
         for name in self.options:
             require(
