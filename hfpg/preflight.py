@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 import re
@@ -30,14 +29,6 @@ logger = logging.getLogger(__name__)
 OURS = ("run.json", "metrics.jsonl", "completions.jsonl", "final", "interrupted", "best")  # beside the checkpoints
 EVALUATED = "score score_std entropy length finished unscored dropped distinct_2 top_bigram_share".split()
 """What every evaluation measures, beside the reward functions."""
-
-
-def check_namespace(algorithm: Any) -> None:
-    """One flat namespace: an algorithm's field must not have the name of a TrainConfig field."""
-    shared = {f.name for f in dataclasses.fields(algorithm)} & {f.name for f in dataclasses.fields(TrainConfig)}
-    require(
-        not shared, f"{type(algorithm).__name__} and TrainConfig both have the fields {sorted(shared)}; rename one"
-    )
 
 
 def check_batch(args: TrainConfig, algorithm: Any, processes: int) -> None:

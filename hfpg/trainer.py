@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from hfpg import hub, preflight
+from hfpg.arguments import check_arguments, named_or_made
 from hfpg.checkpoint import (
     RunState,
     find_checkpoint,
@@ -91,8 +92,8 @@ class PolicyGradientTrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         generator: Any = None,
     ):
-        args = TrainConfig() if args is None else args
-        preflight.check_namespace(algorithm)
+        args = check_arguments(algorithm, args, callbacks, peft_config, generator)
+        model, ref_model = named_or_made(model), named_or_made(ref_model, "ref_model", optional=True)
         self.accelerator = launch(args)
         self.algorithm, self.args = algorithm, args
         self._check_settings()

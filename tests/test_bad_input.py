@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, TrainerCallback, TrainingArguments
 
-from hfpg import ConfigError
+from hfpg import ConfigError, PolicyGradientTrainer, TrainConfig
 from hfpg.algorithms import PPO, Reinforce
+from hfpg.distributed import launch
 from tests import build, tiny
 
 
@@ -68,6 +69,20 @@ CASES = {
     "threads": (dict(torch_threads=-1), "torch_threads=-1 must be at least 1"),
     "only watchers": (dict(reward_weights=[0.0]), "leaves no function that scores"),
     "temperature": (dict(temperature=0.0), "a policy gradient needs a random policy"),
+    "algorithm's name": (
+        dict(algorithm="rloo"),
+        r"algorithm='rloo' is no instance of a method; .* such as RLOO\(\) from",
+    ),
+    "algorithm's class": (
+        dict(algorithm=PPO),
+        r"algorithm=<class .*PPO'> is no instance .*, such as PPO\(\) from hfpg",
+    ),
+    "model of another kind": (dict(model=3), "model=3 is no model; give a Hub id such as 'gpt2', a folder"),
+    "reference of another kind": (dict(ref_model={"a": 1}), "ref_model={'a': 1} is no model; give a Hub id"),
+    "callback of another kind": (dict(callbacks=[3]), "callbacks has 3, which is no transformers.TrainerCallback"),
+    "callbacks that are no list": (dict(callbacks=TrainerCallback), "callbacks=<class .*> is no list; give one, such"),
+    "peft dict": (dict(peft_config={"r": 4}), r"peft_config={'r': 4} is a dict; give a peft.LoraConfig, such as"),
+    "generator of another kind": (dict(generator=3), r"generator=3 cannot be called; give a function of \(policy"),
     "not a tokenizer": (dict(processing_class=object()), "processing_class is a object; hfpg trains text models"),
 }
 
@@ -78,6 +93,30 @@ def test_it_is_one_sentence_before_the_model_loads(name, tmp_path, monkeypatch):
     no_loading(monkeypatch)
     with pytest.raises(ConfigError, match=message):
         build.trainer(tmp_path / "run", **settings)
+
+
+@pytest.mark.parametrize("args", [{}, TrainingArguments(output_dir="run")], ids=["dict", "transformers"])
+def test_settings_of_another_kind(args):
+    with pytest.raises(ConfigError, match=f"args is a {type(args).__name__}; give a hfpg.TrainConfig"):
+        PolicyGradientTrainer(tiny.model(), PPO(), tiny.count_a, tiny.rows(), args=args)
+
+
+def test_a_model_that_is_forgotten(tmp_path):
+    with pytest.raises(ConfigError, match="model=None is no model; give a Hub id"):
+        PolicyGradientTrainer(None, PPO(), tiny.count_a, tiny.rows())
+
+
+def test_a_folder_as_a_path_is_a_model(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    assert build.trainer(tmp_path / "run", model=tmp_path / "model").model_name == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_second_precision_in_one_process(first, tmp_path):
+    """Accelerate would raise for bf16 after fp32, and compute in bf16 after bf16 whatever is asked for."""
+    launch(TrainConfig(use_cpu=True, bf16=first))
+    with pytest.raises(ConfigError, match=f"an earlier one in this process had .* use bf16={first} here too"):
+        build.trainer(tmp_path, bf16=not first)
 
 
 def test_a_model_that_is_not_causal(tmp_path):
