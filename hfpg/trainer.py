@@ -100,13 +100,12 @@ class PolicyGradientTrainer:
         self._pretrained: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
         self._read_data(model, processing_class, train_dataset, eval_dataset)
         self._meet_judge(reward_funcs, reward_processing_classes)
-        self._choose_folder(model)
         require(ref_model is None or algorithm.kl_coef > 0, "ref_model is given, but kl_coef=0 never asks it anything")
-        actor = self._load(model, peft_config)
-        self.reference = Reference(actor, ref_model, self.output_dir) if algorithm.kl_coef > 0 else None
-        self.algorithm_state = algorithm.init()
-        self.run = RunState()
-        self._connect(actor, generator, callbacks)
+        with self._choose_folder(model):
+            actor = self._load(model, peft_config)
+            self.reference = Reference(actor, ref_model, self.output_dir) if algorithm.kl_coef > 0 else None
+            self.algorithm_state, self.run = algorithm.init(), RunState()
+            self._connect(actor, generator, callbacks)
         self.evaluations: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self.seconds = 0.0  # spent in the loop
@@ -429,12 +428,12 @@ class PolicyGradientTrainer:
         if getattr(self.algorithm, "extra_baseline", None) == "input":
             preflight.check_input_baseline(self.judge, self.train_data)
 
-    def _choose_folder(self, model: Any) -> None:
-        self.model_name = preflight.name_of(model)
-        self.output_dir = preflight.prepare_output_dir(self.args, self.algorithm, self.model_name, self.accelerator)
-        self.occupied = bool(preflight.left_by_a_run(self.output_dir))
-        self.args = dataclasses.replace(self.args, output_dir=str(self.output_dir))
-        find_checkpoint(self.args.resume_from_checkpoint, self.output_dir)  # refuses a path that is no checkpoint
+    def _choose_folder(self, model: Any) -> Any:  # a context: the checks that follow
+        args, self.model_name = self.args, preflight.name_of(model)
+        self.output_dir, made = preflight.prepare_output_dir(args, self.algorithm, self.model_name, self.accelerator)
+        self.occupied = bool(preflight.left_by_a_run(self.output_dir)) and not preflight.overwrites(args)
+        self.named_dir, self.args = args.output_dir, dataclasses.replace(args, output_dir=str(self.output_dir))
+        return preflight.folder_on_trial(self.output_dir, made, self.args, self.accelerator)
 
     def _load(self, model: Any, peft_config: Any) -> ActorCritic:
         args, value = self.args, self.algorithm.value
@@ -538,6 +537,7 @@ class PolicyGradientTrainer:
             self._saved_step = self.state.global_step
             self.events.handler.lr_scheduler = self.learner.scheduler  # made anew for the step that is resumed
         elif resume:
+            preflight.refuse_newest_of_nothing(resume, self.named_dir)
             self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0")
         elif self.state.global_step == 0:
             preflight.refuse_occupied(self.output_dir, self.occupied)

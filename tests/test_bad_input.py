@@ -165,6 +165,40 @@ def test_an_occupied_output_folder_is_not_written_over(tmp_path):
     assert not (tmp_path / "checkpoint-1").exists() and (tmp_path / "precious.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(trainable_layers=9),
+        dict(generation_kwargs={"num_beams": 2}),
+        dict(stop_token_ids=[99]),
+        dict(resume_from_checkpoint="nowhere"),
+    ],
+    ids=str,
+)
+def test_a_refused_run_leaves_no_folder_and_removes_no_run(settings, tmp_path):
+    with pytest.raises(ConfigError):
+        build.trainer(tmp_path / "runs" / "new", **settings)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "old" / "final").mkdir(parents=True)
+    with pytest.raises(ConfigError):
+        build.trainer(tmp_path / "old", overwrite_output_dir=True, **settings)
+    assert (tmp_path / "old" / "final").is_dir()
+
+
+def test_the_newest_checkpoint_of_no_folder(tmp_path, monkeypatch):
+    """It would train from the start, in a new folder."""
+    monkeypatch.chdir(tmp_path)
+    message = "resume_from_checkpoint=True goes on from the newest checkpoint of output_dir, and none is given"
+    with pytest.raises(ConfigError, match=message):
+        build.trainer(None, output_dir=None, resume_from_checkpoint="True")
+    assert not (tmp_path / "runs").exists()
+    trainer = build.trainer(None, output_dir=None, max_steps=1)
+    with pytest.raises(ConfigError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+
+
 def test_an_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="is a file; name a folder"):
