@@ -31,7 +31,7 @@ CASES = {
     "empty data": (dict(train_dataset=[]), "the data set is empty"),
     "empty prompt": (
         dict(train_dataset=[{"prompt": "aa"}, {"prompt": " "}, {"prompt": None}] * 4),
-        r"8 prompts are empty or missing \(rows \[1, 2, 4\]\)",
+        r"8 prompts are empty or missing \(rows \[1, 2, 4\], counted from 0\)",
     ),
     "no prompt column": (
         dict(train_dataset=[{"prompts_": "aa"}] * 9),
@@ -39,9 +39,16 @@ CASES = {
     ),
     "too long": (
         dict(train_dataset=[{"prompt": "aa " * 95}] * 9),
-        r"9 prompts have more than 90 tokens \(rows \[0, 1, 2\]; the longest has 95\)",
+        r"9 prompts have more than 90 tokens \(rows \[0, 1, 2\], counted from 0; the longest has 95\)",
     ),
-    "no room": (dict(max_completion_length=96), "max_completion_length leaves 0 tokens of the context"),
+    "no room": (
+        dict(max_completion_length=96),
+        "max_completion_length=96 leaves no room for a prompt in the 96 tokens .*choose a shorter one, such as 48",
+    ),
+    "all dropped": (
+        dict(train_dataset=[{"prompt": "aa " * 95}] * 9, overlong_prompts="drop"),
+        "9 prompts have more than 90 tokens .* overlong_prompts='drop' leaves none; use 'truncate', or a smaller max_c",
+    ),
     "reward length": (
         dict(reward=lambda completions, **k: [1.0]),
         "returned 1 scores for 2 completions",
