@@ -47,7 +47,9 @@ class Script:
     reward: list[str] = field(
         [embedded.JUDGE_A], "Classifiers (Hub id or folder), 'file.py:name' or 'package.module:name'; one or more."
     )
-    dataset: str | None = field(None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts.")
+    dataset: str | None = field(
+        None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
+    )
     eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.")
 
 
@@ -126,7 +128,9 @@ class Check:
 
     reward: list[str] = field([], "The judge: 'file.py:name', 'package.module:name' or a classifier; one or more.")
     model: str = field(embedded.MODEL, "Causal LM that writes the completions. Default: the tiny GPT-2 of hfpg.")
-    dataset: str | None = field(None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts.")
+    dataset: str | None = field(
+        None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
+    )
     prompt_column: str = field("prompt", "Column that holds the prompt; the others reach the judge.")
     prompts: int = field(16, "Prompts that are sampled.")
     num_generations: int = field(4, "Completions of each.")

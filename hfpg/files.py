@@ -60,7 +60,9 @@ def quiet() -> Iterator[None]:
 def refuse_broken(path: Path, is_json: bool) -> None:
     """Raise ConfigError for a text file without text, and for the first line of a JSON file that is no row."""
     try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as f:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(
+            path, "rt", encoding="utf-8", errors="replace"
+        ) as f:
             text = f.read()
     except (OSError, EOFError):  # no such compression, or the end is missing: what `datasets` says will do
         return

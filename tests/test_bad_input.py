@@ -47,7 +47,7 @@ CASES = {
     ),
     "all dropped": (
         dict(train_dataset=[{"prompt": "aa " * 95}] * 9, overlong_prompts="drop"),
-        "9 prompts have more than 90 tokens .* overlong_prompts='drop' leaves none; use 'truncate', or a smaller max_c",
+        "9 prompts have more than 90 tokens .* overlong_prompts='drop' leaves none; use 'truncate', or a smaller",
     ),
     "reward length": (
         dict(reward=lambda completions, **k: [1.0]),

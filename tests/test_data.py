@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from hfpg.config import ConfigError
-from hfpg.data import (RESERVED_COLUMNS, PromptData, decode_completions, load_prompts, order, read_chat_template, share,)
+from hfpg.data import (
+    RESERVED_COLUMNS,
+    PromptData,
+    decode_completions,
+    load_prompts,
+    order,
+    read_chat_template,
+    share,
+)
 from tests import tiny
 
 
@@ -285,8 +293,12 @@ def test_a_completion_longer_than_the_context():
 
 
 def test_dropping_every_prompt():
-    message = refusal(LONG, context=9, max_completion_length=9 - 1, overlong="drop", tokenizer=tokenizer_that_adds_bos())
-    assert "3 prompts have more than 1 tokens" in message and "overlong_prompts='drop' leaves none; use 'trunc" in message
+    message = refusal(
+        LONG, context=9, max_completion_length=9 - 1, overlong="drop", tokenizer=tokenizer_that_adds_bos()
+    )
+    assert (
+        "3 prompts have more than 1 tokens" in message and "overlong_prompts='drop' leaves none; use 'trunc" in message
+    )
 
 
 # ── what comes out
