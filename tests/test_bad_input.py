@@ -1,5 +1,9 @@
 """Wrong input gets one clear sentence before any work is lost: the value seen, the rule broken, a value that works."""
 
+import dataclasses
+import signal
+import sys
+
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, TrainerCallback, TrainingArguments
@@ -65,6 +69,10 @@ CASES = {
         dict(reward=lambda completions, **k: 1 / 0),
         "raised ZeroDivisionError: division by zero .in a dry call",
     ),
+    "reward exits": (
+        dict(reward=lambda completions, **k: sys.exit("bye")),
+        "reward function .* raised SystemExit: bye .in a dry call",
+    ),
     "reward name": (dict(reward="no_such_file.py:judge"), "there is no file no_such_file.py"),
     "reward model": (dict(reward="no/such-classifier"), "cannot load the reward model 'no/such-classifier'"),
     "weights": (dict(reward_weights=[1.0, 2.0]), "reward_weights has 2 entries for 1 reward functions"),
@@ -124,6 +132,17 @@ def test_a_second_precision_in_one_process(first, tmp_path):
     launch(TrainConfig(use_cpu=True, bf16=first))
     with pytest.raises(ConfigError, match=f"an earlier one in this process had .* use bf16={first} here too"):
         build.trainer(tmp_path, bf16=not first)
+
+
+def test_a_signal_in_a_reward_function_is_not_its_own_exit(tmp_path):
+    """SIGTERM ends the run as it ends any program, saved; see hfpg/interrupt.py."""
+    trainer = build.trainer(tmp_path, reward=lambda completions, **k: [0.0] * len(completions))
+    trainer.judge.functions[0] = dataclasses.replace(
+        trainer.judge.functions[0], call=lambda **k: signal.raise_signal(signal.SIGTERM)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + signal.SIGTERM
 
 
 def test_a_model_that_is_not_causal(tmp_path):
