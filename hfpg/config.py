@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -335,10 +335,30 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
 
 def json_mapping(text: str) -> dict:
     """A JSON object, such as '{"use_cache": true}'."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text[:40]!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a JSON object such as '{{\"use_cache\": true}}', found {text[:40]!r}"
+        )
     return value
+
+
+class PlainParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ConfigErrors: the caller decides how to end."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def peek(argv: Sequence[str], *names: str) -> argparse.Namespace:
+    """The values of a few flags, None where absent, before the other flags are known."""
+    before = PlainParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        before.add_argument(f"--{name}")
+    return before.parse_known_args(argv)[0]
 
 
 def parse(
@@ -346,6 +366,7 @@ def parse(
     argv: Sequence[str] | None = None,
     description: str | None = None,
     defaults: Callable[[Any], dict[str, Any]] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """One instance of each dataclass from `--config FILE.yaml` and flags; flags win over the file.
 
@@ -354,6 +375,7 @@ def parse(
         argv: command-line words; default: those of this process.
         description: the first lines of `--help`.
         defaults: given the first class's instance, values that file and flags win over: a recipe's own defaults.
+        elsewhere: what to say of a name that is known, but not here.
     Raises:
         ConfigError: a name that two classes share, an unknown key or flag (all of them at once, each with the
             nearest known name), a value of the wrong type.
@@ -364,28 +386,31 @@ def parse(
             require(f.name not in owner, f"field {f.name!r} stands in {owner.get(f.name)} and in {cls}")
             owner[f.name] = cls
     argv = list(sys.argv[1:] if argv is None else argv)
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", default=None)
-    path = before.parse_known_args(argv)[0].config
+    path = peek(argv, "config").config
     values: dict[str, tuple[Any, str]] = {}
+    told = elsewhere or {}
     if path is not None:
         found = read_yaml(path)
         unknown = [
-            f"{path}:{line}: unknown key {name!r}{nearest(name, list(owner))}"
+            f"{path}:{line}: unknown key {name!r}{told.get(name) or nearest(name, list(owner))}"
             for name, (_, line) in found.items()
             if name not in owner
         ]
         require(not unknown, "\n".join(unknown))
         values = {name: (value, f"{path}:{line}") for name, (value, line) in found.items()}
-    made = _build(classes, values, argv, description)
+    made = _build(classes, values, argv, description, told)
     if defaults is not None:
         own = {name: (value, "defaults") for name, value in defaults(made[0]).items()}
-        made = _build(classes, own | values, argv, description)
+        made = _build(classes, own | values, argv, description, told)
     return made
 
 
 def _build(
-    classes: Sequence[type], values: dict[str, tuple[Any, str]], argv: Sequence[str], description: str | None
+    classes: Sequence[type],
+    values: dict[str, tuple[Any, str]],
+    argv: Sequence[str],
+    description: str | None,
+    elsewhere: Mapping[str, str],
 ) -> tuple[Any, ...]:
     """Instances from values (each with the place it stands at) and from flags, which win."""
     parser = _Parser(classes, description=description, allow_abbrev=False)
@@ -397,8 +422,12 @@ def _build(
             action.required = False
     namespace, rest = parser.parse_known_args(argv, namespace)
     known = [f"--{f.name}" for cls in classes for f in dataclasses.fields(cls)]
-    flags = [word for word in rest if word.startswith("--")] or rest
-    require(not rest, "\n".join(f"unknown flag {w!r}{nearest(w.split('=')[0], known)}" for w in flags))
+    flags = {word: word.split("=")[0] for word in rest if word.startswith("--")} or {word: word for word in rest}
+    told = {
+        word: elsewhere.get(name.removeprefix("--").replace("-", "_")) or nearest(name, known)
+        for word, name in flags.items()
+    }
+    require(not rest, "\n".join(f"unknown flag {word!r}{what}" for word, what in told.items()))
     return tuple(
         cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls) if f.init}) for cls in classes
     )
@@ -424,6 +453,8 @@ def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
     except (ValueError, argparse.ArgumentTypeError) as error:
         if isinstance(error, ConfigError):
             raise
+        if isinstance(error, argparse.ArgumentTypeError):
+            raise ConfigError(f"{where}: {action.dest}: {error}") from None
         name = getattr(kind, "__name__", str(kind))
         raise ConfigError(f"{where}: {action.dest}: invalid {name} value: {value!r:.60}") from None
     require(

@@ -147,7 +147,7 @@ def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str
         names = list(dataset.column_names)
         table = {name: list(dataset[name]) for name in names}
     elif isinstance(dataset, list | tuple):
-        require(len(dataset) > 0, "the data set is empty; it needs at least prompts_per_step rows")
+        require(len(dataset) > 0, "the data set is empty; it needs rows with a prompt")
         for number, row in enumerate(dataset):
             require(
                 isinstance(row, dict),
@@ -168,7 +168,7 @@ def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str
     reserved = [name for name in names if name in RESERVED_COLUMNS]
     require(not reserved, f"column {reserved} is reserved: reward functions get arguments of that name; rename it")
     prompts = table.pop(prompt_column)
-    require(len(prompts) > 0, "the data set is empty; it needs at least prompts_per_step rows")
+    require(len(prompts) > 0, "the data set is empty; it needs rows with a prompt")
     table.pop("prompt", None)
     return prompts, table
 

@@ -66,7 +66,7 @@ def refuse_broken(path: Path, is_json: bool) -> None:
             text = f.read()
     except (OSError, EOFError):  # no such compression, or the end is missing: what `datasets` says will do
         return
-    require(bool(text.strip()), f"the data set {str(path)!r} is empty; it needs at least prompts_per_step rows")
+    require(bool(text.strip()), f"the data set {str(path)!r} is empty; it needs rows with a prompt")
     if not is_json:
         return
     if text.lstrip().startswith("["):  # one list of rows; else a row on each line

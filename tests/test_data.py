@@ -92,7 +92,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(kind: str):
 
 @pytest.mark.parametrize("dataset", [[], (), datasets.Dataset.from_dict({"prompt": []})])
 def test_an_empty_data_set(dataset: Any):
-    assert refusal(dataset) == "the data set is empty; it needs at least prompts_per_step rows"
+    assert refusal(dataset) == "the data set is empty; it needs rows with a prompt"
 
 
 def test_a_row_that_is_no_dict():
@@ -227,8 +227,8 @@ def test_a_file_of_any_kind(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.jsonl", "", "the data set '{}' is empty; it needs at least prompts_per_step rows"),
-        ("a.csv", "", "the data set '{}' is empty; it needs at least prompts_per_step rows"),
+        ("a.jsonl", "", "the data set '{}' is empty; it needs rows with a prompt"),
+        ("a.csv", "", "the data set '{}' is empty; it needs rows with a prompt"),
         ("a.jsonl", "\n".join([*ROWS[:6], '{"prompt": "x', *ROWS]), "{}:7: not valid JSON: Unterminated string"),
         ("a.jsonl.gz", "\n".join([*ROWS[:6], '{"prompt": "x', *ROWS]), "{}:7: not valid JSON: Unterminated string"),
         ("a.json", "[\n" + ",\n".join(ROWS).replace('"n": 7', '"n" 7') + "]", "{}:9: not valid JSON: Expecting ':'"),
