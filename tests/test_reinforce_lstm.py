@@ -45,7 +45,7 @@ def test_every_baseline_is_measured_and_saves_noise(tmp_path):
         (["--repeats", "1"], "repeats=1 must be at least 2"),
         (
             ["--texts", "100"],
-            "texts=100 gave .* end within 32 tokens, and 128 of them are held out; use more, such as 1536",
+            r"\d+ texts are given and 128 of them held out, .*; give more texts, such as 1280",
         ),
         (["--prompts_per_step", "30"], "prompts_per_step=30 completions are no whole groups of num_generations=4"),
         (["--baselines", "best"], "baseline='best' is unknown"),
