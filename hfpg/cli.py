@@ -8,12 +8,12 @@ hfpg algorithms dapo       one row: paper, formula, bias, every knob with its de
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from hfpg import embedded
 from hfpg.algorithms import PRESETS
-from hfpg.config import TrainConfig, field, nearest, one_sentence, parse, read_yaml, require
+from hfpg.config import TrainConfig, field, nearest, one_sentence, parse, peek, read_yaml, require
 from hfpg.data import PromptData, decode_completions, load_prompts, step_ends
 from hfpg.generation.hf import HFGenerator
 from hfpg.preflight import context_length, dry_call, load_tokenizer
@@ -47,7 +47,9 @@ class Script:
     reward: list[str] = field(
         [embedded.JUDGE_A], "Classifiers (Hub id or folder), 'file.py:name' or 'package.module:name'; one or more."
     )
-    dataset: str | None = field(None, "Hub id or .json/.jsonl/.csv file with a prompt column. Default: film prompts.")
+    dataset: str | None = field(
+        None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
+    )
     eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.")
 
 
@@ -72,18 +74,29 @@ def find_algorithm(name: str) -> Any:
 
 def named_in(argv: Sequence[str]) -> str:
     """The algorithm that flags, or else the config file, ask for: its fields are flags too."""
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--algorithm")
-    before.add_argument("--config")
-    given, _ = before.parse_known_args(argv)
+    given = peek(argv, "algorithm", "config")
     if given.algorithm is None and given.config is not None:
         return str(read_yaml(given.config).get("algorithm", (Script.algorithm, 0))[0])
     return given.algorithm or Script.algorithm
 
 
+def knobs_elsewhere(name: str, kind: Any) -> dict[str, str]:
+    """Fields that other presets have and this algorithm has not → what to say of them."""
+    own = {f.name for f in dataclasses.fields(kind)}
+    owners: dict[str, list[str]] = {}
+    for preset, other in PRESETS.items():
+        for f in dataclasses.fields(other):
+            owners.setdefault(f.name, []).append(preset)
+    return {f: f": {name} has none; {', '.join(of)} have" for f, of in owners.items() if f not in own}
+
+
 def train(argv: Sequence[str]) -> None:
     """Evaluate, train, evaluate, save, show."""
-    script, algorithm, args = parse((Script, find_algorithm(named_in(argv)), TrainConfig), argv, train.__doc__)
+    name = named_in(argv)
+    kind = find_algorithm(name)
+    script, algorithm, args = parse(
+        (Script, kind, TrainConfig), argv, train.__doc__, elsewhere=knobs_elsewhere(name, kind)
+    )
     require(script.eval_prompts >= 1, f"eval_prompts={script.eval_prompts} must be at least 1, such as 256")
     if script.dataset is None:
         train_data: Any = Dataset.from_dict({"prompt": embedded.prompts("train")})
@@ -100,6 +113,11 @@ def train(argv: Sequence[str]) -> None:
 def algorithms(argv: Sequence[str]) -> None:
     """Print the preset table, or one row of it."""
     console = Console()
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(
+            "hfpg algorithms          the table of all methods\nhfpg algorithms NAME …   all about these\n"
+        )
+        return
     if not argv:
         table = Table("name", "loss", "its gradient", title="hfpg train --algorithm NAME", show_lines=True)
         for name in PRESETS:
@@ -126,7 +144,9 @@ class Check:
 
     reward: list[str] = field([], "The judge: 'file.py:name', 'package.module:name' or a classifier; one or more.")
     model: str = field(embedded.MODEL, "Causal LM that writes the completions. Default: the tiny GPT-2 of hfpg.")
-    dataset: str | None = field(None, "Hub id or .json/.jsonl/.csv file with a prompt column. Default: film prompts.")
+    dataset: str | None = field(
+        None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
+    )
     prompt_column: str = field("prompt", "Column that holds the prompt; the others reach the judge.")
     prompts: int = field(16, "Prompts that are sampled.")
     num_generations: int = field(4, "Completions of each.")
@@ -142,7 +162,7 @@ class Check:
 
 def reward(argv: Sequence[str]) -> None:
     """Print what a judge's scores are like, and what is likely to spoil a run."""
-    words = list(argv)
+    words = ["check", *argv] if {"-h", "--help"} & set(argv[:1]) else list(argv)
     require(words[:1] == ["check"], "use `hfpg reward check FILE.py:name --dataset …`")
     named = list(takewhile(lambda word: not word.startswith("--"), words[1:]))
     (settings,) = parse((Check,), [*(["--reward", *named] if named else []), *words[1 + len(named) :]], reward.__doc__)
@@ -204,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(f"{__doc__}\n`hfpg train --algorithm NAME --help` lists every flag.\n")
+        return
+    if words[0] == "--version":
+        sys.stdout.write(f"hfpg {metadata.version('hfpg')}\n")
         return
     with one_sentence():
         name = Path(words[0]).name

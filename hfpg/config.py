@@ -13,10 +13,12 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 import re
 import sys
+import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,13 +152,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint in (False, "False", "false", ""):
             self.resume_from_checkpoint = None
+        if self.resume_from_checkpoint is True:
+            self.resume_from_checkpoint = "True"
+        for f in dataclasses.fields(self):
+            if isinstance(getattr(self, f.name), Path):
+                setattr(self, f.name, str(getattr(self, f.name)))
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        self.stop_strings = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
         check_choices(self)
+        self._check_ranges()
+        self._check_together()
+
+    def _check_ranges(self) -> None:
+        """Every number in its range, and finite: NaN and inf are in none, but for max_grad_norm=inf, no limit."""
         counts = ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch")
-        for name in (*counts, "judge_chunks"):
+        for name in (*counts, "judge_chunks", "logging_steps"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(
-            self.temperature > 0,
+            0 < self.temperature < math.inf,
             f"temperature={self.temperature}: a policy gradient needs a random policy; use a value above 0, like 1.0",
         )
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1 (1: no cut)")
@@ -165,34 +178,41 @@ class TrainConfig:
             0 <= self.max_dropped <= 1, f"max_dropped={self.max_dropped} must be a share between 0 and 1, such as 0.5"
         )
         require(self.step_marker != "", "step_marker='' marks nothing; use a text such as a line break")
-        require(self.max_grad_norm > 0, f"max_grad_norm={self.max_grad_norm} must be above 0, such as 1.0")
-        require(self.learning_rate >= 0, f"learning_rate={self.learning_rate} must not be negative")
-        require(self.logging_steps >= 1, f"logging_steps={self.logging_steps} must be at least 1")
         require(
-            self.torch_threads is None or self.torch_threads >= 1,
-            f"torch_threads={self.torch_threads} must be at least 1, or absent to use all cores",
+            "" not in (self.stop_strings or []),
+            f"stop_strings={self.stop_strings}: an empty text ends nothing; leave it out",
+        )
+        require(self.max_grad_norm > 0, f"max_grad_norm={self.max_grad_norm} must be above 0, such as 1.0")
+        usual = {"learning_rate": 1e-5, "value_learning_rate": 1e-5, "weight_decay": 0.01, "adam_epsilon": 1e-8}
+        for name, works in usual.items():
+            value = getattr(self, name)
+            finite = value is None or 0 <= value < math.inf
+            require(finite, f"{name}={value} must be finite and not negative, such as {works}")
+        require(
+            all(map(math.isfinite, self.reward_weights or [])),
+            f"reward_weights={self.reward_weights} must be finite, such as 1.0",
         )
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        rate = self.value_learning_rate
-        require(rate is None or rate >= 0, f"value_learning_rate={rate} must not be negative")
+        switches = ("eval_steps", "save_steps", "completions_steps", "warmup_steps", "stop_overoptimized")
+        for name in (*switches, "stop_constant", "num_completions_to_print"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
+        for name, without in (("torch_threads", "to use all cores"), ("save_total_limit", "to keep all")):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value} must be at least 1, or absent {without}")
+
+    def _check_together(self) -> None:
+        """Settings that need each other."""
         require(
             self.stop_overoptimized == 0 or self.keep_best_by is not None,
             f"stop_overoptimized={self.stop_overoptimized} compares eval_score with another metric; name it with "
             "keep_best_by, such as 'eval_scores/judge_b'",
         )
-        switches = ("eval_steps", "save_steps", "completions_steps", "warmup_steps", "stop_overoptimized")
-        for name in (*switches, "stop_constant"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 (off) or more")
         require(
             self.keep_best_by is None or 0 < self.eval_steps <= self.max_steps,
             f"keep_best_by={self.keep_best_by!r} keeps the best of the evaluations during training, and eval_steps="
             f"{self.eval_steps} schedules none in max_steps={self.max_steps}; set eval_steps, such as "
             f"{max(1, self.max_steps // 10)}",
-        )
-        require(
-            self.save_total_limit is None or self.save_total_limit >= 1,
-            f"save_total_limit={self.save_total_limit} must be at least 1, or absent to keep all",
         )
         require(
             not self.push_to_hub or self.hub_model_id is not None,
@@ -211,11 +231,70 @@ def require(holds: bool, message: str) -> None:
 
 
 def check_choices(settings: Any) -> None:
-    """Raise ConfigError where a `Literal` field of a dataclass instance holds something else."""
-    for name, kind in typing.get_type_hints(type(settings)).items():
-        options = list(typing.get_args(kind))
-        if typing.get_origin(kind) is Literal and getattr(settings, name) not in options:
-            raise ConfigError(f"{name}={getattr(settings, name)!r} is unknown; choose from {options}")
+    """Check the fields of a dataclass instance against their annotations: types, and the choices of a `Literal`.
+
+    A whole number serves as a float, a Path as a text, a tuple as a list. Annotations not in `WORDS` allow anything.
+
+    Raises:
+        ConfigError: a value that its annotation does not allow, with one that works where that can be guessed.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for f in dataclasses.fields(settings):
+        kind, value = hints[f.name], getattr(settings, f.name)
+        if fits(value, kind):
+            continue
+        if typing.get_origin(kind) is Literal:
+            raise ConfigError(f"{f.name}={value!r} is unknown; choose from {list(typing.get_args(kind))}")
+        guess = _guess(value, kind)
+        works = f.default if guess is None and f.default is not dataclasses.MISSING else guess
+        raise ConfigError(
+            f"{f.name}={value!r:.60} is a {type(value).__name__}; it must be {in_words(kind)}"
+            f"{'' if works is None else f', such as {works!r}'}"
+        )
+
+
+WORDS: dict[Any, tuple[str, Any]] = {
+    bool: ("True or False", bool),
+    int: ("a whole number", numbers.Integral),
+    float: ("a number", numbers.Real),
+    str: ("a text", str | Path),
+    dict: ("a dict", dict),
+    type(None): ("None", type(None)),
+}
+"""What stands in an annotation → how a message says it, and what is taken for it."""
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says; True is no number."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in inner
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value)
+    if kind not in WORDS:
+        return True
+    return isinstance(value, WORDS[kind][1]) and (kind is bool or not isinstance(value, bool))
+
+
+def in_words(kind: Any) -> str:
+    """An annotation as a message says it."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return f"a list, each item {in_words(inner[0])}"
+    return " or ".join(map(in_words, inner)) if inner else WORDS[kind][0]
+
+
+def _guess(value: Any, kind: Any) -> Any:
+    """What somebody meant who gave "5" or 5.0 for 5, or 5 for [5]; None where there is no telling."""
+    for one in typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else [kind]:
+        if typing.get_origin(one) is list and fits([value], one):
+            return [value]
+        if one in (int, float) and isinstance(value, str | float):
+            with contextlib.suppress(ValueError, OverflowError):
+                return one(value)
+    return None
 
 
 def check_numbers(settings: Any) -> None:
@@ -276,10 +355,30 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
 
 def json_mapping(text: str) -> dict:
     """A JSON object, such as '{"use_cache": true}'."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text[:40]!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a JSON object such as '{{\"use_cache\": true}}', found {text[:40]!r}"
+        )
     return value
+
+
+class PlainParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ConfigErrors: the caller decides how to end."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def peek(argv: Sequence[str], *names: str) -> argparse.Namespace:
+    """The values of a few flags, None where absent, before the other flags are known."""
+    before = PlainParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        before.add_argument(f"--{name}")
+    return before.parse_known_args(argv)[0]
 
 
 def parse(
@@ -287,6 +386,7 @@ def parse(
     argv: Sequence[str] | None = None,
     description: str | None = None,
     defaults: Callable[[Any], dict[str, Any]] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """One instance of each dataclass from `--config FILE.yaml` and flags; flags win over the file.
 
@@ -295,6 +395,7 @@ def parse(
         argv: command-line words; default: those of this process.
         description: the first lines of `--help`.
         defaults: given the first class's instance, values that file and flags win over: a recipe's own defaults.
+        elsewhere: what to say of a name that is known, but not here.
     Raises:
         ConfigError: a name that two classes share, an unknown key or flag (all of them at once, each with the
             nearest known name), a value of the wrong type.
@@ -305,28 +406,31 @@ def parse(
             require(f.name not in owner, f"field {f.name!r} stands in {owner.get(f.name)} and in {cls}")
             owner[f.name] = cls
     argv = list(sys.argv[1:] if argv is None else argv)
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", default=None)
-    path = before.parse_known_args(argv)[0].config
+    path = peek(argv, "config").config
     values: dict[str, tuple[Any, str]] = {}
+    told = elsewhere or {}
     if path is not None:
         found = read_yaml(path)
         unknown = [
-            f"{path}:{line}: unknown key {name!r}{nearest(name, list(owner))}"
+            f"{path}:{line}: unknown key {name!r}{told.get(name) or nearest(name, list(owner))}"
             for name, (_, line) in found.items()
             if name not in owner
         ]
         require(not unknown, "\n".join(unknown))
         values = {name: (value, f"{path}:{line}") for name, (value, line) in found.items()}
-    made = _build(classes, values, argv, description)
+    made = _build(classes, values, argv, description, told)
     if defaults is not None:
         own = {name: (value, "defaults") for name, value in defaults(made[0]).items()}
-        made = _build(classes, own | values, argv, description)
+        made = _build(classes, own | values, argv, description, told)
     return made
 
 
 def _build(
-    classes: Sequence[type], values: dict[str, tuple[Any, str]], argv: Sequence[str], description: str | None
+    classes: Sequence[type],
+    values: dict[str, tuple[Any, str]],
+    argv: Sequence[str],
+    description: str | None,
+    elsewhere: Mapping[str, str],
 ) -> tuple[Any, ...]:
     """Instances from values (each with the place it stands at) and from flags, which win."""
     parser = _Parser(classes, description=description, allow_abbrev=False)
@@ -338,8 +442,12 @@ def _build(
             action.required = False
     namespace, rest = parser.parse_known_args(argv, namespace)
     known = [f"--{f.name}" for cls in classes for f in dataclasses.fields(cls)]
-    flags = [word for word in rest if word.startswith("--")] or rest
-    require(not rest, "\n".join(f"unknown flag {w!r}{nearest(w.split('=')[0], known)}" for w in flags))
+    flags = {word: word.split("=")[0] for word in rest if word.startswith("--")} or {word: word for word in rest}
+    told = {
+        word: elsewhere.get(name.removeprefix("--").replace("-", "_")) or nearest(name, known)
+        for word, name in flags.items()
+    }
+    require(not rest, "\n".join(f"unknown flag {word!r}{what}" for word, what in told.items()))
     return tuple(
         cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls) if f.init}) for cls in classes
     )
@@ -365,6 +473,8 @@ def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
     except (ValueError, argparse.ArgumentTypeError) as error:
         if isinstance(error, ConfigError):
             raise
+        if isinstance(error, argparse.ArgumentTypeError):
+            raise ConfigError(f"{where}: {action.dest}: {error}") from None
         name = getattr(kind, "__name__", str(kind))
         raise ConfigError(f"{where}: {action.dest}: invalid {name} value: {value!r:.60}") from None
     require(

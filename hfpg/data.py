@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
-from datasets import load_dataset
 
 from hfpg.config import ConfigError, nearest, require
+from hfpg.files import read_rows
 from hfpg.ops.keyed import permutation
 from hfpg.types import Prompts, Text
 
 
 logger = logging.getLogger(__name__)
+
+ROW = "hfpg_row"
+"""Column with a row's number in the data set that it was split from; no reward function sees it."""
 
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -44,31 +48,37 @@ class PromptData:
         overlong: str = "raise",
     ):
         self.prompts, self.columns = read_columns(dataset, prompt_column)
-        refuse_bad_prompts(self.prompts)
+        self._numbers: Sequence[int] = self.columns.pop(ROW, range(len(self.prompts)))
+        refuse_bad_prompts(self.prompts, self._numbers)
         if getattr(tokenizer, "padding_side", "left") != "left":
             logger.info(
                 "the tokenizer pads on the right; prompts are padded on the left here, the tokenizer stays as is"
             )
         self.encoded = encode_prompts(tokenizer, self.prompts)
         nothing = [i for i, ids in enumerate(self.encoded) if not ids]
-        require(not nothing, f"{len(nothing)} prompts have no token (rows {nothing[:3]}); remove these rows")
-        self._fit(None if context is None else context - max_completion_length, overlong)
+        where = rows_named(nothing, self._numbers)
+        require(not nothing, f"{len(nothing)} prompts have no token ({where}); remove these rows")
+        if context is not None:
+            self._fit(context, max_completion_length, overlong)
         self.fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def _fit(self, longest: int | None, overlong: str) -> None:
-        if longest is None:
-            return
+    def _fit(self, context: int, max_completion_length: int, overlong: str) -> None:
+        """Raise, cut or drop the prompts that are too long."""
+        longest = context - max_completion_length
         require(
             longest >= 1,
-            f"max_completion_length leaves {longest} tokens of the context for the prompt; choose a shorter one",
+            f"max_completion_length={max_completion_length} leaves no room for a prompt in the {context} tokens that "
+            f"the model can take; choose a shorter one, such as {max(1, context // 2)}",
         )
         rows = [i for i, ids in enumerate(self.encoded) if len(ids) > longest]
         if not rows:
             return
-        seen = f"{len(rows)} prompts have more than {longest} tokens (rows {rows[:3]}; the longest has "
+        seen = (
+            f"{len(rows)} prompts have more than {longest} tokens ({rows_named(rows, self._numbers)}; the longest has "
+        )
         seen += f"{max(len(self.encoded[i]) for i in rows)})"
         if overlong == "truncate":
             logger.warning("%s: their beginning is cut", seen)
@@ -76,6 +86,11 @@ class PromptData:
         elif overlong == "drop":
             logger.warning("%s: dropped", seen)
             keep = sorted(set(range(len(self))) - set(rows))
+            require(
+                bool(keep),
+                f"{seen}: overlong_prompts='drop' leaves none; use 'truncate', or a smaller "
+                f"max_completion_length than {max_completion_length}",
+            )
             self.prompts = [self.prompts[i] for i in keep]
             self.encoded = [self.encoded[i] for i in keep]
             self.columns = {name: [values[i] for i in keep] for name, values in self.columns.items()}
@@ -132,7 +147,7 @@ def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str
         names = list(dataset.column_names)
         table = {name: list(dataset[name]) for name in names}
     elif isinstance(dataset, list | tuple):
-        require(len(dataset) > 0, "the data set is empty; it needs at least prompts_per_step rows")
+        require(len(dataset) > 0, "the data set is empty; it needs rows with a prompt")
         for number, row in enumerate(dataset):
             require(
                 isinstance(row, dict),
@@ -153,21 +168,33 @@ def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str
     reserved = [name for name in names if name in RESERVED_COLUMNS]
     require(not reserved, f"column {reserved} is reserved: reward functions get arguments of that name; rename it")
     prompts = table.pop(prompt_column)
-    require(len(prompts) > 0, "the data set is empty; it needs at least prompts_per_step rows")
+    require(len(prompts) > 0, "the data set is empty; it needs rows with a prompt")
     table.pop("prompt", None)
     return prompts, table
 
 
-def refuse_bad_prompts(prompts: Sequence[Any]) -> None:
+def rows_named(rows: Sequence[int], numbers: Sequence[int]) -> str:
+    """The first of some rows by their numbers in the data set, as a message says it."""
+    return f"rows {[numbers[i] for i in rows[:3]]}, counted from 0"
+
+
+def refuse_bad_prompts(prompts: Sequence[Any], numbers: Sequence[int]) -> None:
     """Raise ConfigError with row numbers for prompts that are missing, empty, or neither text nor conversation."""
     bad = [i for i, p in enumerate(prompts) if p is None or (isinstance(p, str) and not p.strip()) or p == []]
-    require(not bad, f"{len(bad)} prompts are empty or missing (rows {bad[:3]}); remove these rows")
+    where = rows_named(bad, numbers)
+    require(not bad, f"{len(bad)} prompts are empty or missing ({where}); remove these rows")
     for i, prompt in enumerate(prompts):
         conversation = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
         require(
             isinstance(prompt, str) or conversation,
-            f"the prompt of row {i} is {prompt!r:.60}; expected text, or a list of messages such as "
+            f"the prompt of row {numbers[i]} is {prompt!r:.60}; expected text, or a list of messages such as "
             "[{'role': 'user', 'content': 'Hi'}]",
+        )
+        silent = [m for m in prompt if conversation and m.get("content") is None and not m.get("tool_calls")]
+        require(
+            not silent,
+            f"a message in the prompt of row {numbers[i]} has no content: {silent[:1]!r:.80}; each needs a text, as "
+            "in {'role': 'user', 'content': 'Hi'}",
         )
 
 
@@ -184,12 +211,28 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Text]) -> list[list[int]]:
         f"{len(conversations)} of {len(prompts)} prompts are conversations and the others text; use one kind",
     )
     if conversations:
-        texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
+        texts = [through_template(tokenizer, p) for p in prompts]
         # the template has written the special tokens already
         encoded = tokenizer(texts, add_special_tokens=False).input_ids
     else:
         encoded = tokenizer(list(prompts)).input_ids
     return [list(ids) for ids in encoded]
+
+
+def through_template(tokenizer: Any, prompt: Text) -> str:
+    """A conversation as the tokenizer's chat template writes it, up to where the assistant begins.
+
+    Raises:
+        ConfigError: the template is no Jinja, or cannot write this conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, TypeError) as error:
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise ConfigError(
+            f"the chat template{line}: {error} (for {prompt!r:.80}); name a file with another one with "
+            "--chat_template, or use text prompts"
+        ) from error
 
 
 def decode_completions(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[Text]) -> list[Text]:
@@ -230,19 +273,16 @@ def plain_text(prompt: Text) -> str:
 
 
 def load_prompts(source: str, held_out: int) -> tuple[Any, Any]:
-    """Training and held-out rows of a Hub data set or a .json, .jsonl or .csv file: at most a fifth is held out.
+    """Training and held-out rows of a Hub data set, a folder or a file: at most a fifth is held out.
+
+    Each row keeps its number in the column `ROW`, for messages: the split shuffles.
 
     Raises:
         ConfigError: it cannot be loaded, or is too small to hold anything out.
     """
     require(held_out >= 1, f"eval_prompts={held_out} must be at least 1, such as 256")
-    kind = Path(source).suffix.lstrip(".").replace("jsonl", "json")
-    try:
-        files = {"path": kind, "data_files": source} if kind in ("json", "csv") else {"path": source}
-        rows = load_dataset(**files, split="train")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the data set {source!r}: {str(error).splitlines()[0]}") from error
+    rows = read_rows(source)
     count = min(held_out, len(rows) // 5)
     require(count >= 1, f"{source} has {len(rows)} rows; it needs at least 5, a fifth is held out")
-    split = rows.train_test_split(count, seed=0)
+    split = rows.add_column(ROW, range(len(rows))).train_test_split(count, seed=0)
     return split["train"], split["test"]

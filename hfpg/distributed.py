@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +43,7 @@ def launch(args: TrainConfig) -> Accelerator:
     apple = not torch.cuda.is_available() and torch.backends.mps.is_available()
     if apple:
         logger.warning("training on the CPU: Apple's GPU has no float64, which sampling and statistics need")
+    refuse_another("bf16" if args.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower())
     accelerator = Accelerator(
         cpu=args.use_cpu or apple or None,
         mixed_precision="bf16" if args.bf16 else None,  # None: what `accelerate launch` says
@@ -73,6 +75,16 @@ def launch(args: TrainConfig) -> Accelerator:
         torch.set_num_threads(args.torch_threads or max(1, cores // local))
         keep_freed_memory()
     return accelerator
+
+
+def refuse_another(precision: str) -> None:
+    """A process has one precision, that of its first Accelerator; another one would be ignored, or fail."""
+    first = AcceleratorState().mixed_precision if is_initialized() else precision
+    require(
+        first == precision,
+        f"this run asks for mixed_precision={precision!r}, and an earlier one in this process had {first!r}, which "
+        f"stays until the process ends; use bf16={first == 'bf16'} here too, or start a new process",
+    )
 
 
 def leave() -> None:

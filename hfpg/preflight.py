@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hfpg import hub
-from hfpg.checkpoint import checkpoints
+from hfpg.checkpoint import checkpoints, find_checkpoint
 from hfpg.config import ConfigError, TrainConfig, nearest, require
 from hfpg.data import PromptData, plain_text, read_chat_template
 from hfpg.distributed import raise_together
@@ -34,14 +33,6 @@ logger = logging.getLogger(__name__)
 OURS = ("run.json", "metrics.jsonl", "completions.jsonl", "final", "interrupted", "best")  # beside the checkpoints
 EVALUATED = "score score_std entropy length finished unscored dropped distinct_2 top_bigram_share".split()
 """What every evaluation measures, beside the reward functions."""
-
-
-def check_namespace(algorithm: Any) -> None:
-    """One flat namespace: an algorithm's field must not have the name of a TrainConfig field."""
-    shared = {f.name for f in dataclasses.fields(algorithm)} & {f.name for f in dataclasses.fields(TrainConfig)}
-    require(
-        not shared, f"{type(algorithm).__name__} and TrainConfig both have the fields {sorted(shared)}; rename one"
-    )
 
 
 def check_batch(args: TrainConfig, algorithm: Any, processes: int) -> None:
@@ -96,25 +87,29 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-") or "model"
 
 
-def prepare_output_dir(args: TrainConfig, algorithm: Any, model_name: str, accelerator: Accelerator) -> Path:
-    """The run's folder, made and proven writable; every rank gets the main process's choice.
+def prepare_output_dir(
+    args: TrainConfig, algorithm: Any, model_name: str, accelerator: Accelerator
+) -> tuple[Path, list[Path]]:
+    """The run's folder, made and proven writable, and the folders made for it; all ranks get the main process's.
 
     What an earlier run left there stays until `clear_folder`. Raises ConfigError for a folder that is a file or cannot
-    be written.
+    be written, a checkpoint to resume from that is none, and for the newest checkpoint of a folder that is not named.
     """
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            chosen = [str(_output_dir(args, algorithm, model_name))]
+            chosen = [_output_dir(args, algorithm, model_name)]
         except ConfigError as error:
             chosen = [error]
     broadcast_object_list(chosen)
     if isinstance(chosen[0], ConfigError):
         raise chosen[0]
-    return Path(chosen[0])
+    folder, made = chosen[0]
+    return folder, made
 
 
-def _output_dir(args: TrainConfig, algorithm: Any, model_name: str) -> Path:
+def _output_dir(args: TrainConfig, algorithm: Any, model_name: str) -> tuple[Path, list[Path]]:
+    refuse_newest_of_nothing(args.resume_from_checkpoint, args.output_dir)
     if args.output_dir is None:
         base = Path("runs") / f"{slug(type(algorithm).__name__)}-{slug(model_name)}"
         folder, number = base, 1
@@ -124,6 +119,8 @@ def _output_dir(args: TrainConfig, algorithm: Any, model_name: str) -> Path:
     else:
         folder = Path(args.output_dir)
     require(not folder.is_file(), f"output_dir={str(folder)!r} is a file; name a folder")
+    find_checkpoint(args.resume_from_checkpoint, folder)  # refuses a path that is no checkpoint
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -131,7 +128,28 @@ def _output_dir(args: TrainConfig, algorithm: Any, model_name: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}") from None
-    return folder
+    return folder, made
+
+
+def refuse_newest_of_nothing(resume: str | bool | None, output_dir: str | None) -> None:
+    """Raise ConfigError where the newest checkpoint of the run's folder is asked for, and the folder is a new one."""
+    require(
+        str(resume).lower() != "true" or output_dir is not None,
+        "resume_from_checkpoint=True goes on from the newest checkpoint of output_dir, and none is given: the run "
+        "would start again in a new folder; set output_dir to that of the run, such as 'runs/ppo-gpt2'",
+    )
+
+
+@contextmanager
+def folder_on_trial(made: list[Path]) -> Iterator[None]:
+    """The last checks of a run: where it is refused, folders made for it go again."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something is in them
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def left_by_a_run(folder: Path) -> list[Path]:

@@ -57,7 +57,8 @@ def fine_tune(
     )
     require(
         0 <= held_out < len(texts),
-        f"held_out={held_out} of {len(texts)} texts leaves none to learn; hold out fewer, or give more texts",
+        f"{len(texts)} texts are given and {held_out} of them held out, which leaves none to learn; give more texts, "
+        f"such as {10 * max(held_out, 1)}",
     )
     taken = output_dir is not None and Path(output_dir).exists()
     require(not taken, f"{output_dir} exists; name a folder that does not, or remove it")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from hfpg import hub, preflight
+from hfpg.arguments import check_arguments, named_or_made
 from hfpg.checkpoint import (
     RunState,
     best_fits,
@@ -44,8 +44,9 @@ from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head
 from hfpg.origin import origin
 from hfpg.pretrained import is_peft, load_config, load_policy
 from hfpg.replay import Replay
-from hfpg.report.card import CardFacts, model_card
+from hfpg.report.card import CardFacts, loadable, model_card
 from hfpg.report.clock import Clock
+from hfpg.report.command import command_line
 from hfpg.report.completions import describe_evaluation, records, shown
 from hfpg.report.floor import Floor
 from hfpg.report.metrics import describe, explained_variance
@@ -96,22 +97,21 @@ class PolicyGradientTrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         generator: Any = None,
     ):
-        args = TrainConfig() if args is None else args
-        preflight.check_namespace(algorithm)
+        args = check_arguments(algorithm, args, callbacks, peft_config, generator)
+        model, ref_model = named_or_made(model), named_or_made(ref_model, "ref_model", optional=True)
         self.accelerator = launch(args)
         self.algorithm, self.args = algorithm, args
         self._check_settings()
         self._pretrained: dict[str, Any] = dict(revision=args.model_revision, trust_remote_code=args.trust_remote_code)
         self._read_data(model, processing_class, train_dataset, eval_dataset)
         self._meet_judge(reward_funcs, reward_processing_classes)
-        self._choose_folder(model)
         require(ref_model is None or algorithm.kl_coef > 0, "ref_model is given, but kl_coef=0 never asks it anything")
-        actor = self._load(model, peft_config)
-        self.reference = Reference(actor, ref_model, self.output_dir) if algorithm.kl_coef > 0 else None
-        self.origin = origin(actor.policy, self.reference, ref_model, self.train_data.encoded, self.judge.names)
-        self.algorithm_state = algorithm.init()
-        self.run = RunState()
-        self._connect(actor, generator, callbacks)
+        with self._choose_folder(model):
+            actor = self._load(model, peft_config)
+            self.reference = Reference(actor, ref_model, self.output_dir) if algorithm.kl_coef > 0 else None
+            self.origin = origin(actor.policy, self.reference, ref_model, self.train_data.encoded, self.judge.names)
+            self.algorithm_state, self.run = algorithm.init(), RunState()
+            self._connect(actor, generator, callbacks)
         self.evaluations: list[dict[str, Any]] = []  # the first one, and those since the run was resumed
         self.facts: dict[str, Any] = {}
         self._saved_step = -1
@@ -346,7 +346,7 @@ class PolicyGradientTrainer:
         def write() -> None:
             save_actor_critic(self.learner.actor, folder)
             self.processing_class.save_pretrained(folder)
-            (folder / "README.md").write_text(self.model_card(repo_id), encoding="utf-8")
+            (folder / "README.md").write_text(self.model_card(repo_id or loadable(folder)), encoding="utf-8")
 
         self._on_main(write)
         return folder
@@ -358,7 +358,7 @@ class PolicyGradientTrainer:
         found = versions()
         return model_card(
             CardFacts(
-                model_name=repo_id or self.output_dir.name,
+                model_name=repo_id or loadable(self.output_dir),
                 base_model=None if self.facts.get("embedded") or Path(self.model_name).exists() else self.model_name,
                 is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
@@ -371,7 +371,7 @@ class PolicyGradientTrainer:
                 config=self.args.to_dict(),
                 versions=found,
                 hfpg_version=found["hfpg"],
-                command=" ".join(sys.argv),
+                command=command_line(),
                 seconds=self.run.seconds,
                 value_head=self.learner.actor.value_kind,
             )
@@ -444,12 +444,12 @@ class PolicyGradientTrainer:
         if getattr(self.algorithm, "extra_baseline", None) == "input":
             preflight.check_input_baseline(self.judge, self.train_data)
 
-    def _choose_folder(self, model: Any) -> None:
-        self.model_name = preflight.name_of(model)
-        self.output_dir = preflight.prepare_output_dir(self.args, self.algorithm, self.model_name, self.accelerator)
+    def _choose_folder(self, model: Any) -> Any:  # a context: the checks that follow
+        args, self.model_name = self.args, preflight.name_of(model)
+        self.output_dir, made = preflight.prepare_output_dir(args, self.algorithm, self.model_name, self.accelerator)
         self.occupied = bool(preflight.left_by_a_run(self.output_dir))
-        self.args = dataclasses.replace(self.args, output_dir=str(self.output_dir))
-        find_checkpoint(self.args.resume_from_checkpoint, self.output_dir)  # refuses a path that is no checkpoint
+        self.named_dir, self.args = args.output_dir, dataclasses.replace(args, output_dir=str(self.output_dir))
+        return preflight.folder_on_trial(made)
 
     def _load(self, model: Any, peft_config: Any) -> ActorCritic:
         args, value = self.args, self.algorithm.value
@@ -552,6 +552,7 @@ class PolicyGradientTrainer:
             path = undamaged(path, resume not in (True, "True", "true"), self.terminal.say)
             self._go_on_from(path)
         elif resume:
+            preflight.refuse_newest_of_nothing(resume, self.named_dir)
             torn = self.output_dir / "interrupted"
             weights = f" (weights of an update that was cut short are in {torn})" if torn.exists() else ""
             self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0{weights}")

@@ -28,7 +28,9 @@ class Script:
 
     model: str = field(embedded.MODEL, "Hub id or folder of a causal LM. Default: the embedded tiny GPT-2.")
     reward: str = field(embedded.JUDGE_A, "Classifier (Hub id or folder), 'file.py:name' or 'package.module:name'.")
-    dataset: str | None = field(None, "Hub id or .json/.jsonl/.csv file with a prompt column. Default: film prompts.")
+    dataset: str | None = field(
+        None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
+    )
     eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.")
 
 

@@ -42,7 +42,9 @@ class Script:
 
     judge: str = field("", "Classifier (Hub id or folder), 'file.py:name' or 'package.module:name'.")
     policy: str = field(embedded.MODEL, "Hub id or folder of the reference policy. Default: the embedded tiny GPT-2.")
-    prompts: str | None = field(None, "Hub id or .json/.jsonl/.csv file with a prompt column. Default: film prompts.")
+    prompts: str | None = field(
+        None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
+    )
     samples: int = field(512, "Completions that are scored, one a prompt while there are enough prompts.")
     max_completion_length: int = field(20, "Longest completion, in tokens: as in the coming run.")
     temperature: float = field(1.0, "Sampling temperature: as in the coming run.")

@@ -1,14 +1,17 @@
 """Wrong input gets one clear sentence before any work is lost: the value seen, the rule broken, a value that works."""
 
 import dataclasses
+import signal
+import sys
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, TrainerCallback, TrainingArguments
 
-from hfpg import ConfigError
+from hfpg import ConfigError, PolicyGradientTrainer, TrainConfig
 from hfpg.algorithms import PPO, Reinforce, ReMax
+from hfpg.distributed import launch
 from hfpg.generation.hf import HFGenerator
 from tests import build, tiny
 
@@ -34,7 +37,7 @@ CASES = {
     "empty data": (dict(train_dataset=[]), "the data set is empty"),
     "empty prompt": (
         dict(train_dataset=[{"prompt": "aa"}, {"prompt": " "}, {"prompt": None}] * 4),
-        r"8 prompts are empty or missing \(rows \[1, 2, 4\]\)",
+        r"8 prompts are empty or missing \(rows \[1, 2, 4\], counted from 0\)",
     ),
     "no prompt column": (
         dict(train_dataset=[{"prompts_": "aa"}] * 9),
@@ -42,9 +45,16 @@ CASES = {
     ),
     "too long": (
         dict(train_dataset=[{"prompt": "aa " * 95}] * 9),
-        r"9 prompts have more than 90 tokens \(rows \[0, 1, 2\]; the longest has 95\)",
+        r"9 prompts have more than 90 tokens \(rows \[0, 1, 2\], counted from 0; the longest has 95\)",
     ),
-    "no room": (dict(max_completion_length=96), "max_completion_length leaves 0 tokens of the context"),
+    "no room": (
+        dict(max_completion_length=96),
+        "max_completion_length=96 leaves no room for a prompt in the 96 tokens .*choose a shorter one, such as 48",
+    ),
+    "all dropped": (
+        dict(train_dataset=[{"prompt": "aa " * 95}] * 9, overlong_prompts="drop"),
+        "9 prompts have more than 90 tokens .* overlong_prompts='drop' leaves none; use 'truncate', or a smaller",
+    ),
     "reward length": (
         dict(reward=lambda completions, **k: [1.0]),
         "returned 1 scores for 2 completions",
@@ -61,6 +71,10 @@ CASES = {
         dict(reward=lambda completions, **k: 1 / 0),
         "raised ZeroDivisionError: division by zero .in a dry call",
     ),
+    "reward exits": (
+        dict(reward=lambda completions, **k: sys.exit("bye")),
+        "reward function .* raised SystemExit: bye .in a dry call",
+    ),
     "reward name": (dict(reward="no_such_file.py:judge"), "there is no file no_such_file.py"),
     "reward model": (dict(reward="no/such-classifier"), "cannot load the reward model 'no/such-classifier'"),
     "weights": (dict(reward_weights=[1.0, 2.0]), "reward_weights has 2 entries for 1 reward functions"),
@@ -72,6 +86,20 @@ CASES = {
     "threads": (dict(torch_threads=-1), "torch_threads=-1 must be at least 1"),
     "only watchers": (dict(reward_weights=[0.0]), "leaves no function that scores"),
     "temperature": (dict(temperature=0.0), "a policy gradient needs a random policy"),
+    "algorithm's name": (
+        dict(algorithm="rloo"),
+        r"algorithm='rloo' is no instance of a method; .* such as RLOO\(\) from",
+    ),
+    "algorithm's class": (
+        dict(algorithm=PPO),
+        r"algorithm=<class .*PPO'> is no instance .*, such as PPO\(\) from hfpg",
+    ),
+    "model of another kind": (dict(model=3), "model=3 is no model; give a Hub id such as 'gpt2', a folder"),
+    "reference of another kind": (dict(ref_model={"a": 1}), "ref_model={'a': 1} is no model; give a Hub id"),
+    "callback of another kind": (dict(callbacks=[3]), "callbacks has 3, which is no transformers.TrainerCallback"),
+    "callbacks that are no list": (dict(callbacks=TrainerCallback), "callbacks=<class .*> is no list; give one, such"),
+    "peft dict": (dict(peft_config={"r": 4}), r"peft_config={'r': 4} is a dict; give a peft.LoraConfig, such as"),
+    "generator of another kind": (dict(generator=3), r"generator=3 cannot be called; give a function of \(policy"),
     "not a tokenizer": (dict(processing_class=object()), "processing_class is a object; hfpg trains text models"),
 }
 
@@ -82,6 +110,41 @@ def test_it_is_one_sentence_before_the_model_loads(name, tmp_path, monkeypatch):
     no_loading(monkeypatch)
     with pytest.raises(ConfigError, match=message):
         build.trainer(tmp_path / "run", **settings)
+
+
+@pytest.mark.parametrize("args", [{}, TrainingArguments(output_dir="run")], ids=["dict", "transformers"])
+def test_settings_of_another_kind(args):
+    with pytest.raises(ConfigError, match=f"args is a {type(args).__name__}; give a hfpg.TrainConfig"):
+        PolicyGradientTrainer(tiny.model(), PPO(), tiny.count_a, tiny.rows(), args=args)
+
+
+def test_a_model_that_is_forgotten(tmp_path):
+    with pytest.raises(ConfigError, match="model=None is no model; give a Hub id"):
+        PolicyGradientTrainer(None, PPO(), tiny.count_a, tiny.rows())
+
+
+def test_a_folder_as_a_path_is_a_model(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    assert build.trainer(tmp_path / "run", model=tmp_path / "model").model_name == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_second_precision_in_one_process(first, tmp_path):
+    """Accelerate would raise for bf16 after fp32, and compute in bf16 after bf16 whatever is asked for."""
+    launch(TrainConfig(use_cpu=True, bf16=first))
+    with pytest.raises(ConfigError, match=f"an earlier one in this process had .* use bf16={first} here too"):
+        build.trainer(tmp_path, bf16=not first)
+
+
+def test_a_signal_in_a_reward_function_is_not_its_own_exit(tmp_path):
+    """SIGTERM ends the run as it ends any program, saved; see hfpg/interrupt.py."""
+    trainer = build.trainer(tmp_path, reward=lambda completions, **k: [0.0] * len(completions))
+    trainer.judge.functions[0] = dataclasses.replace(
+        trainer.judge.functions[0], call=lambda **k: signal.raise_signal(signal.SIGTERM)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + signal.SIGTERM
 
 
 def test_a_model_that_is_not_causal(tmp_path):
@@ -130,6 +193,40 @@ def test_an_occupied_output_folder_is_not_written_over(tmp_path):
     assert (tmp_path / "checkpoint-1").exists(), "what is removed is removed when training begins"
     build.trainer(tmp_path, overwrite_output_dir=True, max_steps=3, save_steps=2).train()
     assert not (tmp_path / "checkpoint-1").exists() and (tmp_path / "precious.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(trainable_layers=9),
+        dict(generation_kwargs={"num_beams": 2}),
+        dict(stop_token_ids=[99]),
+        dict(resume_from_checkpoint="nowhere"),
+    ],
+    ids=str,
+)
+def test_a_refused_run_leaves_no_folder_and_removes_no_run(settings, tmp_path):
+    with pytest.raises(ConfigError):
+        build.trainer(tmp_path / "runs" / "new", **settings)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "old" / "final").mkdir(parents=True)
+    with pytest.raises(ConfigError):
+        build.trainer(tmp_path / "old", overwrite_output_dir=True, **settings)
+    assert (tmp_path / "old" / "final").is_dir()
+
+
+def test_the_newest_checkpoint_of_no_folder(tmp_path, monkeypatch):
+    """It would train from the start, in a new folder."""
+    monkeypatch.chdir(tmp_path)
+    message = "resume_from_checkpoint=True goes on from the newest checkpoint of output_dir, and none is given"
+    with pytest.raises(ConfigError, match=message):
+        build.trainer(None, output_dir=None, resume_from_checkpoint="True")
+    assert not (tmp_path / "runs").exists()
+    trainer = build.trainer(None, output_dir=None, max_steps=1)
+    with pytest.raises(ConfigError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
 
 
 def test_an_output_folder_that_is_a_file(tmp_path):

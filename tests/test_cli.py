@@ -1,9 +1,11 @@
 """The command `hfpg`, as a user types it."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,16 @@ def test_every_algorithm_has_a_page_in_the_docs():
         (["train", "--algorithm", "missing.py:Mine"], "algorithm 'missing.py:Mine': there is no file missing.py"),
         (["train", "--algorithm", "rloo", "--epochs", "2"], "unknown flag '--epochs'"),
         (["train", "--algorithm", "grpo", "--num_generations", "1"], "set it to 8, or use Reinforce"),
+        (
+            ["train", "--algorithm", "grpo", "--value=shared"],
+            "unknown flag '--value=shared': grpo has none; a2c, ppo have",
+        ),
+        (["train", "--algorithm"], "error: argument --algorithm: expected one argument"),
+        (["train", "--config"], "error: argument --config: expected one argument"),
+        (
+            ["train", "--generation_kwargs", "no"],
+            "--generation-kwargs: expected a JSON object such as '{\"use_cache\": true}', found 'no'",
+        ),
         (["algorithms", "pop"], "algorithm='pop' is unknown"),
     ],
 )
@@ -51,6 +63,22 @@ def test_what_is_wrong_is_one_sentence(words, sentence, capsys):
 def test_without_words_it_explains_itself(capsys):
     cli.main([])
     assert "hfpg train --algorithm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--version"], f"hfpg {metadata.version('hfpg')}\n"),
+        (["algorithms", "--help"], "hfpg algorithms NAME"),
+        (["reward", "--help"], "--step_marker"),
+        (["train", "--help"], "--clip_range"),
+    ],
+)
+def test_help_and_version(words, said, capsys):
+    with contextlib.suppress(SystemExit):
+        cli.main(words)
+    shown = capsys.readouterr()
+    assert said in shown.out and not shown.err
 
 
 def test_the_algorithm_may_stand_in_the_config_file(tmp_path):
@@ -78,9 +106,13 @@ def test_it_trains(name, tmp_path):
     """Two steps of the embedded model, by the console script's own module."""
     flags = ["--max_steps", "2", "--prompts_per_step", "4", "--num_generations", "2", "--max_completion_length", "6"]
     flags += ["--eval_prompts", "8", "--torch_threads", "1", "--output_dir", str(tmp_path / "run")]
+    flags += ["--run_name", "my run"]
     command = [sys.executable, "-m", "hfpg.cli", "train", "--algorithm", name, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["algorithm"]["name"] == PRESETS[name].__name__
-    assert (tmp_path / "run" / "final" / "README.md").is_file()
+    again = f"python -m hfpg.cli train --algorithm {name} --max_steps 2"
+    assert run["command"].startswith(again) and run["command"].endswith("--run_name 'my run'")
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert f"\n{again}" in card and "--run_name 'my run'\n" in card

@@ -74,7 +74,7 @@ def test_null_is_the_default_and_one_value_is_a_list_of_one(tmp_path: Path):
     assert config.output_dir is None and config.report_to == ["tensorboard"] and config.stop_token_ids == [3, 5]
 
 
-@pytest.mark.parametrize("text", ["['--', '-end']", "['=', 'a b', '']"])
+@pytest.mark.parametrize("text", ["['--', '-end']", "['=', 'a b', ' ']"])
 def test_strings_in_a_list_stay_as_written(tmp_path: Path, text: str):
     """Also those that look like flags: `--` ends many a signature."""
     assert read(tmp_path, f"stop_strings: {text}\n").stop_strings == ast.literal_eval(text)
@@ -211,7 +211,19 @@ def test_a_field_that_two_classes_share_is_refused():
         ({"top_p": 1.1}, "top_p=1.1 must be above 0 and at most 1 (1: no cut)"),
         ({"top_k": -1}, "top_k=-1 must be 0 (no cut) or more"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0, such as 1.0"),
-        ({"learning_rate": -1e-5}, "learning_rate=-1e-05 must not be negative"),
+        ({"learning_rate": -1e-5}, "learning_rate=-1e-05 must be finite and not negative"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf must be finite and not negative, such as 1e-05"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be finite and not negative, such as 1e-05"),
+        (
+            {"value_learning_rate": float("inf")},
+            "value_learning_rate=inf must be finite and not negative, such as 1e-05",
+        ),
+        ({"adam_epsilon": -1.0}, "adam_epsilon=-1.0 must be finite and not negative, such as 1e-08"),
+        ({"weight_decay": -1}, "weight_decay=-1 must be finite and not negative, such as 0.01"),
+        ({"temperature": float("inf")}, "temperature=inf: a policy gradient needs a random policy"),
+        ({"reward_weights": [1.0, float("nan")]}, "reward_weights=[1.0, nan] must be finite, such as 1.0"),
+        ({"num_completions_to_print": -1}, "num_completions_to_print=-1 must be 0 (off) or more"),
+        ({"stop_strings": ""}, "stop_strings=['']: an empty text ends nothing; leave it out"),
         ({"logging_steps": 0}, "logging_steps=0 must be at least 1"),
         ({"eval_steps": -1}, "eval_steps=-1 must be 0 (off) or more"),
         ({"save_steps": -1}, "save_steps=-1 must be 0 (off) or more"),
@@ -225,6 +237,47 @@ def test_a_setting_that_cannot_be_says_why(changes: dict, sentence: str):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**changes)
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "sentence"),
+    [
+        (TrainConfig, {"learning_rate": "1e-5"}, "learning_rate='1e-5' is a str; it must be a number, such as 1e-05"),
+        (TrainConfig, {"max_steps": "5"}, "max_steps='5' is a str; it must be a whole number, such as 5"),
+        (TrainConfig, {"max_steps": 8.0}, "max_steps=8.0 is a float; it must be a whole number, such as 8"),
+        (TrainConfig, {"max_steps": True}, "max_steps=True is a bool; it must be a whole number, such as 100"),
+        (TrainConfig, {"bf16": "no"}, "bf16='no' is a str; it must be True or False, such as False"),
+        (
+            TrainConfig,
+            {"reward_weights": 1.0},
+            "reward_weights=1.0 is a float; it must be a list, each item a number or None, such as [1.0]",
+        ),
+        (
+            TrainConfig,
+            {"stop_token_ids": 5},
+            "stop_token_ids=5 is a int; it must be a list, each item a whole number or None, such as [5]",
+        ),
+        (TrainConfig, {"generation_kwargs": "x"}, "generation_kwargs='x' is a str; it must be a dict or None"),
+        (
+            TrainConfig,
+            {"prompt_column": None},
+            "prompt_column=None is a NoneType; it must be a text, such as 'prompt'",
+        ),
+        (PPO, {"clip_range": "0.1"}, "clip_range='0.1' is a str; it must be a number, such as 0.1"),
+        (PPO, {"epochs": 2.0}, "epochs=2.0 is a float; it must be a whole number, such as 2"),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence_in_python_too(cls: type, changes: dict, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        cls(**changes)
+    assert str(caught.value) == sentence
+
+
+def test_what_serves_for_a_type(tmp_path: Path):
+    """A whole number for a float, a path for a text, a tuple for a list, one text for a list of one."""
+    config = TrainConfig(learning_rate=1, output_dir=tmp_path, stop_token_ids=(1, 2), stop_strings="the")
+    assert (config.output_dir, config.stop_strings) == (str(tmp_path), ["the"])
+    assert TrainConfig(output_dir="run", resume_from_checkpoint=True).resume_from_checkpoint == "True"
 
 
 def test_the_edges_that_are_allowed():

@@ -1,5 +1,8 @@
 """Prompts: every kind of data set in, checked at once; left-padded rows out, in an order that is a pure function."""
 
+import contextlib
+import gzip
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,15 @@ import pytest
 import torch
 
 from hfpg.config import ConfigError
-from hfpg.data import RESERVED_COLUMNS, PromptData, decode_completions, order, read_chat_template, share
+from hfpg.data import (
+    RESERVED_COLUMNS,
+    PromptData,
+    decode_completions,
+    load_prompts,
+    order,
+    read_chat_template,
+    share,
+)
 from tests import tiny
 
 
@@ -81,7 +92,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(kind: str):
 
 @pytest.mark.parametrize("dataset", [[], (), datasets.Dataset.from_dict({"prompt": []})])
 def test_an_empty_data_set(dataset: Any):
-    assert refusal(dataset) == "the data set is empty; it needs at least prompts_per_step rows"
+    assert refusal(dataset) == "the data set is empty; it needs rows with a prompt"
 
 
 def test_a_row_that_is_no_dict():
@@ -102,7 +113,7 @@ def test_a_reserved_column_is_refused(name: str):
 @pytest.mark.parametrize("bad", ["", None, "  \n", []])
 def test_empty_and_missing_prompts_are_named_by_row(bad: Any):
     rows = [{"prompt": bad if i in (1, 4, 6, 7) else "aa"} for i in range(9)]
-    assert refusal(rows) == "4 prompts are empty or missing (rows [1, 4, 6]); remove these rows"
+    assert refusal(rows) == "4 prompts are empty or missing (rows [1, 4, 6], counted from 0); remove these rows"
 
 
 def test_a_prompt_without_any_token_is_as_good_as_empty():
@@ -111,7 +122,7 @@ def test_a_prompt_without_any_token_is_as_good_as_empty():
 
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
-    assert "(rows [1])" in refusal([{"prompt": "aa"}, {"prompt": "\u200b"}], tokenizer=tokenizer)
+    assert "(rows [1], counted" in refusal([{"prompt": "aa"}, {"prompt": "\u200b"}], tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("bad", [3, ["aa", "ba"], [{"content": "no role"}], {"role": "user"}])
@@ -166,6 +177,86 @@ def test_a_template_file(tmp_path: Path):
         read_chat_template(str(tmp_path / "no.jinja"))
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("a\n{% for m in %}", "the chat template, line 2: "),
+        ("{{ raise_exception('roles must alternate') }}", "the chat template: roles must alternate (for [{'role': "),
+        ("{{ messages[0].content + 1 }}", "the chat template: can only concatenate str"),
+    ],
+)
+def test_a_template_that_cannot_be_used(template: str, said: str):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    message = refusal([{"prompt": chat("aa")}], tokenizer=tokenizer)
+    assert message.startswith(said) and message.endswith("with --chat_template, or use text prompts")
+
+
+def test_a_message_without_content():
+    message = refusal([{"prompt": chat("aa")}, {"prompt": [*chat("aa"), {"role": "user", "contents": "x"}]}])
+    assert message.startswith("a message in the prompt of row 1 has no content: [{'role': 'user', 'contents': 'x'}]; ")
+
+
+# ── files
+
+ROWS = [json.dumps({"prompt": f"Film {i} is", "n": i}) for i in range(20)]
+
+
+def save(folder: Path, name: str, text: str) -> str:
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(folder / name, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "a.txt"])
+def test_a_file_of_any_kind(name: str, tmp_path: Path):
+    texts = {"a.json": f"[{','.join(ROWS)}]", "a.txt": "\n".join(f"Film {i} is" for i in range(20))}
+    source = save(tmp_path, name, texts.get(name, "\n".join(ROWS)))
+    rows = datasets.Dataset.from_list([json.loads(row) for row in ROWS])
+    if name in ("a.csv", "a.parquet"):
+        getattr(rows, f"to_{name[2:]}")(source)
+    train, held_out = load_prompts(source, 4)
+    assert not datasets.are_progress_bars_disabled()
+    column = "text" if name == "a.txt" else "prompt"
+    train, held_out = (PromptData(d, tiny.tokenizer(), prompt_column=column) for d in (train, held_out))
+    assert sorted(train.prompts + held_out.prompts) == sorted(rows["prompt"])
+    assert list(train.columns) == ([] if name == "a.txt" else ["n"]), "the row's number reaches nobody"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", "", "the data set '{}' is empty; it needs rows with a prompt"),
+        ("a.csv", "", "the data set '{}' is empty; it needs rows with a prompt"),
+        ("a.jsonl", "\n".join([*ROWS[:6], '{"prompt": "x', *ROWS]), "{}:7: not valid JSON: Unterminated string"),
+        ("a.jsonl.gz", "\n".join([*ROWS[:6], '{"prompt": "x', *ROWS]), "{}:7: not valid JSON: Unterminated string"),
+        ("a.json", "[\n" + ",\n".join(ROWS).replace('"n": 7', '"n" 7') + "]", "{}:9: not valid JSON: Expecting ':'"),
+        ("a.jsonl", "\n".join([*ROWS, "[3]"]), "{}:21: '[3]' is no row; expected one such as {{\"prompt\": …}}"),
+        ("a.csv", "prompt,n\na,1\nb,1,2,3\n", "cannot load the data set '{}': Error tokenizing data. C error: Exp"),
+        ("a.xlsx", "x", "'{}' is a file of a kind that is not read; use .jsonl, .json, .csv, .parquet, .txt, or one"),
+    ],
+)
+def test_a_file_that_is_broken_is_named_with_its_line(name: str, text: str, said: str, tmp_path: Path, capfd: Any):
+    source = save(tmp_path, name, text)
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(source, 4)
+    assert str(caught.value).startswith(said.format(source))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_rows_of_a_file_keep_their_numbers(tmp_path: Path):
+    """The split shuffles them."""
+    source = save(tmp_path, "a.jsonl", "\n".join([*ROWS[:13], json.dumps({"prompt": "", "n": 0}), *ROWS]))
+    said = ""
+    for part in load_prompts(source, 4):
+        with contextlib.suppress(ConfigError):
+            PromptData(part, tiny.tokenizer())
+            continue
+        said = refusal(part)
+    assert said == "1 prompts are empty or missing (rows [13], counted from 0); remove these rows"
+
+
 # ── length
 
 
@@ -174,7 +265,7 @@ LONG = [{"prompt": "aa ba ca da", "n": 0}, {"prompt": "aa", "n": 1}, {"prompt": 
 
 def test_prompts_that_are_too_long_raise_with_rows_and_ways_out():
     message = refusal(LONG, context=10, max_completion_length=8)
-    assert message.startswith("2 prompts have more than 2 tokens (rows [0, 2]; the longest has 4)")
+    assert message.startswith("2 prompts have more than 2 tokens (rows [0, 2], counted from 0; the longest has 4)")
     assert "overlong_prompts to 'truncate' or 'drop', or a smaller max_completion_length" in message
 
 
@@ -197,7 +288,17 @@ def test_a_prompt_that_just_fits_is_left_alone():
 
 def test_a_completion_longer_than_the_context():
     message = refusal(LONG, context=8, max_completion_length=8)
-    assert message == "max_completion_length leaves 0 tokens of the context for the prompt; choose a shorter one"
+    assert message.startswith("max_completion_length=8 leaves no room for a prompt in the 8 tokens that the model can")
+    assert message.endswith("such as 4")
+
+
+def test_dropping_every_prompt():
+    message = refusal(
+        LONG, context=9, max_completion_length=9 - 1, overlong="drop", tokenizer=tokenizer_that_adds_bos()
+    )
+    assert (
+        "3 prompts have more than 1 tokens" in message and "overlong_prompts='drop' leaves none; use 'trunc" in message
+    )
 
 
 # ── what comes out

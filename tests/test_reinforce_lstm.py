@@ -43,7 +43,10 @@ def test_every_baseline_is_measured_and_saves_noise(tmp_path):
     ("flags", "sentence"),
     [
         (["--repeats", "1"], "repeats=1 must be at least 2"),
-        (["--texts", "100"], "held_out=128 of"),
+        (
+            ["--texts", "100"],
+            r"\d+ texts are given and 128 of them held out, .*; give more texts, such as 1280",
+        ),
         (["--prompts_per_step", "30"], "prompts_per_step=30 completions are no whole groups of num_generations=4"),
         (["--baselines", "best"], "baseline='best' is unknown"),
     ],

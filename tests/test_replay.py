@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,9 +121,8 @@ def test_the_greedy_completion_is_one_per_prompt_and_the_same_for_all_its_sample
 
 
 def test_a_generator_without_greedy_is_refused(tmp_path):
-    given = SimpleNamespace(__call__=lambda policy, prompts: None)
-    with pytest.raises(ConfigError, match=r"SimpleNamespace has no method greedy\(policy, prompts\)"):
-        build.trainer(tmp_path, algorithm=ReMax(), generator=given)
+    with pytest.raises(ConfigError, match=r"function has no method greedy\(policy, prompts\)"):
+        build.trainer(tmp_path, algorithm=ReMax(), generator=lambda policy, prompts: None)
 
 
 def test_the_prompts_own_score(tmp_path):

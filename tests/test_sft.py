@@ -130,8 +130,11 @@ def test_what_a_model_writes_ends_by_itself():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (dict(texts=[]), "held_out=0 of 0 texts leaves none to learn"),
-        (dict(texts=["aa", "ba"], held_out=2), "held_out=2 of 2 texts leaves none to learn; hold out fewer"),
+        (dict(texts=[]), "0 texts are given and 0 of them held out, which leaves none"),
+        (
+            dict(texts=["aa", "ba"], held_out=2),
+            "2 texts are given and 2 of them held out, which leaves none to learn; give more",
+        ),
         (dict(texts=["aa", "ba"], prompts=["ca"]), "1 prompts stand before 2 texts; give one each"),
     ],
 )

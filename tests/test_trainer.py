@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from hfpg.algorithms import (
 from hfpg.checkpoint import CheckpointError
 from hfpg.models import load_actor_critic
 from hfpg.ops.masked import row_mean
+from hfpg.report.card import loadable
 from tests import build, tiny
 
 
@@ -521,6 +523,18 @@ def test_the_card_says_before_and_after_only_of_what_is(tmp_path):
     trainer.evaluate(tiny.rows(3))
     before, after = (e["metrics"]["eval_score"] for e in trainer.evaluations)
     assert len(trainer.evaluations) == 2 and f"{before:.3g}" in trainer.model_card()
+
+
+def test_the_card_names_the_folder_it_is_saved_in(tmp_path, monkeypatch):
+    """And not that of the run, which may be called like a model of the Hub: "gpt2"."""
+    monkeypatch.chdir(tmp_path)
+    trainer = build.trainer("runs/gpt2")
+    for folder, named in (("tuned", "./tuned"), (tmp_path / "runs" / "a", "./runs/a"), (None, "./runs/gpt2")):
+        card = (trainer.save_model(folder) / "README.md").read_text()
+        assert f'pipeline("text-generation", model="{named}")' in card
+        AutoModelForCausalLM.from_pretrained(named)
+    assert 'pull("me/tuned")' in (trainer.save_model("tuned", repo_id="me/tuned") / "README.md").read_text()
+    assert loadable(Path("/data/jo/gpt2")) == "./gpt2"
 
 
 def test_a_reference_of_the_users_own_is_left_alone(tmp_path):

@@ -40,6 +40,11 @@ logger = logging.getLogger(__name__)
 # Options of `generate` that leave the distribution of the tokens alone. Every other one is refused for training: the
 # policy that is scored must be the policy that was sampled.
 HARMLESS_OPTIONS = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile")
+SETTINGS = dict(
+    max_new_tokens="max_completion_length", max_length="max_completion_length", eos_token_id="stop_token_ids"
+)
+SETTINGS |= {name: name for name in ("temperature", "top_k", "top_p", "stop_strings")}
+SETTINGS |= {"num_return_sequences": "the algorithm's num_generations"}  # option of `generate` → what sets it
 LOGITS, GPU_LOGITS = 32 << 20, 1 << 30  # bytes
 
 
@@ -80,15 +85,11 @@ class HFGenerator:
     ):
         self.tokenizer, self.seed, self.max_completion_length = tokenizer, seed, max_completion_length
         self.temperature, self.max_tokens, self.value_head = temperature, max_tokens, value_head
-        self.stop_token_ids, self.stop_strings = stop_token_ids, list(stop_strings or [])
+        self.stop_token_ids = stop_token_ids
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
         self.options = dict(generation_kwargs or {})
         for name in self.options:
-            require(
-                name in HARMLESS_OPTIONS,
-                f"generation_kwargs has {name!r}: sampling would follow another distribution than the one that is "
-                f"scored and trained{nearest(name, HARMLESS_OPTIONS)}; remove it (temperature, top_k, top_p, "
-                "stop_token_ids and stop_strings are fields of TrainConfig)",
-            )
+            refuse_option(name)
         self.warpers = [TopKLogitsWarper(top_k)] if top_k > 0 else []
         self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         self.own_loop = True
@@ -179,6 +180,24 @@ class HFGenerator:
 
     def _string_criteria(self) -> StopStringCriteria | None:
         return StopStringCriteria(self.tokenizer, self.stop_strings) if self.stop_strings else None
+
+
+def refuse_option(name: str) -> None:
+    """Raise ConfigError for an option of `generate` that is a setting of the run, unknown, or changes the draws."""
+    require(
+        name not in SETTINGS,
+        f"generation_kwargs has {name!r}, which is set by {SETTINGS.get(name)}; remove it and set that",
+    )
+    require(
+        hasattr(GenerationConfig(), name),
+        f"generation_kwargs has {name!r}, which is no option of generate{nearest(name, HARMLESS_OPTIONS)}; what may "
+        f"stand there is {', '.join(HARMLESS_OPTIONS)}",
+    )
+    require(
+        name in HARMLESS_OPTIONS,
+        f"generation_kwargs has {name!r}: sampling would follow another distribution than the one that is scored and "
+        f"trained; remove it (what may stand there is {', '.join(HARMLESS_OPTIONS)})",
+    )
 
 
 def most_rows(lm: PreTrainedModel, rows: int) -> int:

@@ -10,7 +10,7 @@ import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -22,7 +22,7 @@ class CardFacts:
     """What a run knows about itself; a fact that it does not know is absent from the card.
 
     Args:
-        model_name: repository id, or the name of the saved folder.
+        model_name: repository id, or the saved folder as `loadable` writes it.
         base_model: Hub id of the model that was tuned; None if it did not come from the Hub.
         is_adapter: the saved policy is a PEFT adapter of `base_model`.
         algorithm: name of the algorithm, such as "PPO".
@@ -60,6 +60,15 @@ class CardFacts:
     seconds: float | None = None
     license: str | None = None
     value_head: str | None = None
+
+
+def loadable(folder: Path) -> str:
+    """A saved folder as "./path" from the working folder: no Hub id, such as "gpt2", looks like that.
+
+    A folder elsewhere is "./name", without those above it, as a card is public: it loads from the folder around it.
+    """
+    whole = folder.resolve()
+    return f"./{whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole.name}"
 
 
 def model_card(facts: CardFacts) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from hfpg.config import SECRET
+from hfpg.report.command import command_line
 
 
 PACKAGES = ("hfpg", "torch", "transformers", "accelerate", "datasets", "peft", "huggingface_hub", "tokenizers")
@@ -36,7 +37,7 @@ class Recorder:
     def run_file(self, facts: dict[str, Any]) -> None:
         """Write run.json: what was asked, with what versions, from what command. Tokens are blotted out."""
         if self.main:
-            about = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+            about = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line()}
             text = json.dumps(about | facts | {"versions": versions()}, indent=1, default=str)
             (self.folder / "run.json").write_text(SECRET.sub("hf_***", text) + "\n", encoding="utf-8")
 

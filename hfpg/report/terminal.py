@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.text import Text
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COLUMNS = (  # metric, heading, format
     ("score", "score", "{:+.3f}"),
-    ("kl_to_ref", "KL", "{:.2f}"),
+    ("kl_to_ref", "KL", "{:z.2f}"),  # z: rounding gives no -0.00
     ("entropy", "entropy", "{:.2f}"),
     ("length", "length", "{:.1f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
@@ -132,9 +133,14 @@ class Terminal:
         ]
         self.panel(
             f"{len(first['shown'])} held-out prompts, before → after {last['step']} steps",
-            [f"{name:<18}{before:+8.3f}  →  {after:+8.3f}   ({after - before:+.3f})" for name, before, after in rows],
+            [
+                f"{name:<18}{before:+z8.3f}  →  {after:+z8.3f}   ({after - before:+z.3f})"
+                for name, before, after in rows
+            ],
         )
-        self.say(f"\nThe tuned model, its tokenizer and the value head are in {saved}; it loads with")
+        head = any((Path(saved) / name).exists() for name in ("value_head.safetensors", "value_model"))
+        parts = "The tuned model, its tokenizer and the value head" if head else "The tuned model and its tokenizer"
+        self.say(f"\n{parts} are in {saved}; it loads with")
         self.say(f'  pipeline("text-generation", model="{saved}")')
         self.say(f"Numbers, completions and checkpoints are in {folder}.")
 

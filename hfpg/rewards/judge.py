@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -364,7 +365,7 @@ def beside(own: Collection[str], logged: Mapping[str, V]) -> dict[str, V]:
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
     """Every function's result, or the RewardError that it ended in, in order; the async ones run concurrently."""
 
-    def named(function: RewardFunction, error: Exception) -> RewardError:
+    def named(function: RewardFunction, error: Exception | SystemExit) -> RewardError:
         if isinstance(error, RewardError):
             return error  # it says already what is wrong
         if isinstance(error, ConfigError):
@@ -376,7 +377,7 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
     async def one(function: RewardFunction) -> Any:
         try:
             return await function.call(**function.arguments(everything))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit in somebody's function would end the run unexplained
             return named(function, error)
 
     async def concurrently(waiting: Sequence[RewardFunction]) -> list[Any]:
@@ -391,7 +392,9 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
             if not function.is_async:
                 try:
                     results[function.name] = function.call(**function.arguments(everything))
-                except Exception as error:
+                except (Exception, SystemExit) as error:
+                    if getattr(error, "code", None) == 128 + signal.SIGTERM:  # not the function's own: the run ends
+                        raise
                     results[function.name] = named(function, error)
         if future is not None:
             results.update(zip((f.name for f in slow), future.result(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
@@ -54,7 +55,10 @@ def reasoning_task(
             "reasoning_task needs the package reasoning-gym; install it with pip install 'hfpg[reasoning]'"
         ) from None
     known = list(reasoning_gym.factory.DATASETS)
-    require(name in known, f"reasoning-gym has no task {name!r}{nearest(name, known)}; it has {len(known)}")
+    near = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.0))
+    require(
+        name in known, f"reasoning-gym has no task {name!r}{nearest(name, known)}; it has {len(known)}, such as {near}"
+    )
     try:
         task = reasoning_gym.create_dataset(name, size=size, seed=seed, **config)
     except (TypeError, AssertionError, ValueError) as error:

@@ -104,6 +104,19 @@ def test_options_that_change_the_distribution_are_refused(name):
         HFGenerator(tiny.tokenizer(), seed=0, max_completion_length=4, generation_kwargs={name: 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("max_new_tokens", "which is set by max_completion_length; remove it and set that"),
+        ("temperature", "which is set by temperature; remove it and set that"),
+        ("use_cash", "which is no option of generate; did you mean 'use_cache'"),
+    ],
+)
+def test_options_that_are_settings_or_none(name, said):
+    with pytest.raises(ConfigError, match=f"generation_kwargs has '{name}', {said}"):
+        HFGenerator(tiny.tokenizer(), seed=0, max_completion_length=4, generation_kwargs={name: 1})
+
+
 def test_a_harmless_option_is_passed_on():
     actor = ActorCritic(tiny.model("gpt2"))
     plain = build.draw(actor)

@@ -97,12 +97,12 @@ def test_rewind_without_files_is_nothing(recorder: Recorder):
 
 def test_run_json_says_what_was_asked_and_blots_out_tokens(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
     token = "hf_" + "a" * 30
-    monkeypatch.setattr("sys.argv", ["train.py", f"--token={token}"])
+    monkeypatch.setattr("sys.argv", ["train.py", f"--token={token}", "a b"])
     recorder.run_file({"seed": 3, "args": {"generation_kwargs": {"token": token}}, "path": Path("x"), "text": token})
     text = (recorder.folder / "run.json").read_text()
     about = json.loads(text)
     assert token not in text and "a" * 30 not in text
-    assert about["command"] == "train.py --token=hf_***" and about["text"] == "hf_***"
+    assert about["command"] == "python train.py --token=hf_*** 'a b'" and about["text"] == "hf_***"
     assert about["seed"] == 3 and about["path"] == "x" and about["versions"] == versions()
     assert {"python", "torch", "hfpg"} <= set(about["versions"])
 

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -152,6 +153,20 @@ def test_before_and_after_stand_side_by_side():
     shown.before_after([("The film ", "was bad", -0.5, "was good", 0.75)])
     row = next(line for line in out.getvalue().splitlines() if "was bad" in line)
     assert row.index("-0.50") < row.index("The film was bad") < row.index("+0.75") < row.index("The film was good")
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_summary_says_what_is_there(head: bool, tmp_path: Path):
+    """A value head only where one was saved; and no negative zero."""
+    if head:
+        (tmp_path / "value_head.safetensors").write_text("")
+    shown, out = terminal(False)
+    evaluation = {"step": 2, "metrics": {"eval_kl_to_ref": -1e-5}, "shown": []}
+    shown.summary(evaluation, evaluation, str(tmp_path), "run", 0)
+    assert (
+        "its tokenizer and the value head are in" if head else "The tuned model and its tokenizer are in"
+    ) in out.getvalue()
+    assert "+0.000" in out.getvalue() and "-0.000" not in out.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_it_trains_in_one_line(tmp_path):
     ("name", "options", "sentence"),
     [
         ("chain_sums", {}, "no task 'chain_sums'; did you mean 'chain_sum'"),
+        ("nosuch", {}, ", such as "),
         ("chain_sum", {"digits": 3}, "cannot be made with {'digits': 3}"),
     ],
 )

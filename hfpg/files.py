@@ -1,0 +1,90 @@
+"""Rows of prompts from a file, a folder or the Hub, and where in the file it is broken."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hfpg.config import ConfigError, require
+
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+"""Files by the end of their name → what of `datasets` reads them. A .txt file has one column, `text`."""
+
+
+def read_rows(source: str) -> Any:
+    """All rows of a Hub data set (its split "train"), a folder or a file, as a `datasets.Dataset`.
+
+    Raises:
+        ConfigError: it cannot be loaded, is empty, or is of another kind; of a broken JSON file with `file:line`.
+    """
+    path = Path(source)
+    reader = READERS.get(Path(source.lower().removesuffix(".gz")).suffix)
+    require(
+        reader is not None or not path.is_file(),
+        f"{source!r} is a file of a kind that is not read; use {', '.join(READERS)}, or one of these with .gz",
+    )
+    try:
+        if reader is None:
+            return datasets.load_dataset(source, split="train")
+        with quiet():
+            return datasets.load_dataset(reader, data_files=source, split="train")
+    except Exception as error:  # `datasets` wraps what its readers raise, and lets a StopIteration out
+        if reader not in (None, "parquet") and path.is_file():
+            refuse_broken(path, reader == "json")
+        why = str(error.__cause__ or error).strip() or type(error).__name__
+        raise ConfigError(f"cannot load the data set {source!r}: {why.splitlines()[0]}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A local file is read in no time: half a bar and a log line would stand above the sentence about it."""
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def refuse_broken(path: Path, is_json: bool) -> None:
+    """Raise ConfigError for a text file without text, and for the first line of a JSON file that is no row."""
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(
+            path, "rt", encoding="utf-8", errors="replace"
+        ) as f:
+            text = f.read()
+    except (OSError, EOFError):  # no such compression, or the end is missing: what `datasets` says will do
+        return
+    require(bool(text.strip()), f"the data set {str(path)!r} is empty; it needs rows with a prompt")
+    if not is_json:
+        return
+    if text.lstrip().startswith("["):  # one list of rows; else a row on each line
+        _parsed(text, path, 1)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        row = _parsed(line, path, number) if line.strip() else {}
+        require(
+            isinstance(row, dict),
+            f'{path}:{number}: {line.strip()!r:.60} is no row; expected one such as {{"prompt": …}}',
+        )
+
+
+def _parsed(text: str, path: Path, first: int) -> Any:
+    """JSON that begins in line `first` of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = text.split("\n")[error.lineno - 1].strip()
+        place = f"{path}:{first + error.lineno - 1}"
+        raise ConfigError(f"{place}: not valid JSON: {error.msg}: {line!r:.80}") from None
