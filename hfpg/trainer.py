@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -18,21 +17,16 @@ from hfpg import hub, preflight
 from hfpg.arguments import check_arguments, named_or_made
 from hfpg.checkpoint import (
     RunState,
-    best_fits,
     checkpoints,
     find_checkpoint,
-    load_checkpoint,
     put_best,
-    read_state,
-    rotate,
-    save_checkpoint,
     set_aside,
     undamaged,
 )
 from hfpg.collector import Collector
 from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, share, step_ends
-from hfpg.distributed import launch, raise_together, same_everywhere
+from hfpg.distributed import launch, raise_together
 from hfpg.events import Events
 from hfpg.frozen import freeze_below
 from hfpg.generation.hf import HFGenerator
@@ -54,6 +48,7 @@ from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal
 from hfpg.report.watch import IN_A_ROW, Column, Watch, seen
 from hfpg.rescorer import Rescorer
+from hfpg.resume import evaluation_due, go_on_from, write_checkpoint
 from hfpg.rewards import Judge
 from hfpg.rewards.judge import beside
 from hfpg.types import Prompts, Rollout, Samples, Scores
@@ -114,9 +109,9 @@ class PolicyGradientTrainer:
             self._connect(actor, generator, callbacks)
         self.evaluations: list[dict[str, Any]] = []  # the first one, and those since the run was resumed
         self.facts: dict[str, Any] = {}
-        self._saved_step = -1
+        self.saved_step = -1
         self._claimed = False  # the run's folder is ours to write in: fresh, or resumed
-        self._updating = False
+        self.updating = False
 
     # ── the page ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -152,14 +147,14 @@ class PolicyGradientTrainer:
             longest = self.args.max_completion_length
             used, rewards, state = self.algorithm.rewards(together, self.algorithm_state, longest)
             estimates, state = self.algorithm.estimate(used, rewards, state)
-            self._updating = True
+            self.updating = True
             metrics, self.algorithm_state = self.algorithm.update(self.learner, used, estimates, state)
             metrics |= {"learning_rate": self.learner.learning_rate, "kl_coef": kl_coef} | seen
             self.learner.end_turn()
             self.state.global_step += 1
             self.run.position += self.collector.taken
             self.replay.turn(rollout)
-            self._updating = False
+            self.updating = False
         if estimates.returns is not None:
             metrics["explained_variance"] = explained_variance(used, estimates)
         left_out = bool(rollout.weights.any()) and not bool(used.weights.any())  # all scores equal: nothing to learn
@@ -243,7 +238,7 @@ class PolicyGradientTrainer:
         watch, best = seen(Watch.resumed(self.run.watch, name), self.state.global_step, metrics[name], proxy, gold)
         if best:
             whole = self.save_model(self.output_dir / "best.tmp")  # a kill in the middle leaves the best so far
-            self._on_main(lambda: put_best(whole, self.output_dir / "best", self.state.global_step))
+            self.on_main(lambda: put_best(whole, self.output_dir / "best", self.state.global_step))
         self.run.watch = dataclasses.asdict(watch)
         enough = 0 < self.args.stop_overoptimized <= watch.falling
         if enough or watch.falling >= IN_A_ROW:
@@ -288,7 +283,7 @@ class PolicyGradientTrainer:
 
     def evaluate_if_due(self) -> None:
         """Evaluate when a callback or `eval_steps` asks for it."""
-        self.run.evaluation_due = self._evaluation_due()
+        self.run.evaluation_due = evaluation_due(self)
         if self.run.evaluation_due:
             metrics = self.evaluate()
             self.run.evaluation_due = False
@@ -308,12 +303,12 @@ class PolicyGradientTrainer:
 
     def save_checkpoint(self) -> None:
         """Write checkpoint-N now."""
-        if self._saved_step != self.state.global_step:
-            self._on_main(self._write_checkpoint)
-        self._saved_step = self.state.global_step
+        if self.saved_step != self.state.global_step:
+            self.on_main(lambda: write_checkpoint(self))
+        self.saved_step = self.state.global_step
         self.events.fire("on_save")
 
-    def _on_main(self, do: Callable[[], Any]) -> Any:
+    def on_main(self, do: Callable[[], Any]) -> Any:
         """Run something on the main process; the others wait, and its error is raised on all of them."""
         result, error = None, None
         if self.accelerator.is_main_process:
@@ -323,18 +318,6 @@ class PolicyGradientTrainer:
                 error = failure
         raise_together(self.accelerator, error)
         return result
-
-    def _write_checkpoint(self) -> Path:
-        self.guards.weights(self.learner.actor.parameters())
-        run = self.run
-        run.algorithm, run.guards = dataclasses.asdict(self.algorithm_state), self.guards.counts()
-        run.fisher_trial, run.evaluation_due = self.learner.fisher_trial, self._evaluation_due()
-        self.events.remember()
-        path = save_checkpoint(
-            self.output_dir, self.learner, self.processing_class, self.state, self.run, self._settings(), self.replay
-        )
-        rotate(self.output_dir, self.args.save_total_limit)
-        return path
 
     def save_model(self, output_dir: str | Path | None = None, *, repo_id: str | None = None) -> Path:
         """A plain Hugging Face folder of the policy (or adapter), its tokenizer, the value head, and a model card.
@@ -348,7 +331,7 @@ class PolicyGradientTrainer:
             self.processing_class.save_pretrained(folder)
             (folder / "README.md").write_text(self.model_card(repo_id or loadable(folder)), encoding="utf-8")
 
-        self._on_main(write)
+        self.on_main(write)
         return folder
 
     def model_card(self, repo_id: str | None = None) -> str:
@@ -391,7 +374,7 @@ class PolicyGradientTrainer:
         folder = self.save_model(self.output_dir / "final", repo_id=repo)
         self.events.fire("on_push_begin")
         private = self.args.hub_private_repo if private is None else private
-        return self._on_main(lambda: hub.push_folder(folder, repo, private=private, revision=revision)) or ""
+        return self.on_main(lambda: hub.push_folder(folder, repo, private=private, revision=revision)) or ""
 
     def summary(self, saved: Path, prompts: int = 6) -> None:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
@@ -547,10 +530,10 @@ class PolicyGradientTrainer:
         fresh = path is None and not resume and not self._claimed
         if fresh or (path is not None and path.parent.resolve() != self.output_dir.resolve()):
             overwrite = self.args.overwrite_output_dir
-            self._on_main(lambda: preflight.clear_folder(self.output_dir, self.occupied, overwrite))
+            self.on_main(lambda: preflight.clear_folder(self.output_dir, self.occupied, overwrite))
         if path is not None:
             path = undamaged(path, resume not in (True, "True", "true"), self.terminal.say)
-            self._go_on_from(path)
+            go_on_from(self, path)
         elif resume:
             preflight.refuse_newest_of_nothing(resume, self.named_dir)
             torn = self.output_dir / "interrupted"
@@ -562,7 +545,7 @@ class PolicyGradientTrainer:
         if resume:
             again = self.run.evaluation_due or self.state.global_step == 0
             self.recorder.rewind(self.state.global_step, evaluation=again)
-            self._on_main(lambda: set_aside(self.output_dir, self.state.global_step))
+            self.on_main(lambda: set_aside(self.output_dir, self.state.global_step))
         self.facts.setdefault("model", self.model_name)
         self.recorder.run_file(
             {
@@ -587,34 +570,6 @@ class PolicyGradientTrainer:
         self.clock.read()
         self.terminal.start(self.state.global_step)
 
-    def _go_on_from(self, path: Path) -> None:
-        """Everything as it was when the checkpoint was written."""
-        rewards = read_state(path)["config"].get("reward_funcs", self.judge.names)
-        if rewards != self.judge.names:
-            self.terminal.say(f"note: {path.name} was rewarded by {rewards}, and from here on by {self.judge.names}")
-        state, self.run = load_checkpoint(path, self.learner, self._settings())
-        self.events.recall(state)
-        self.algorithm_state = dataclasses.replace(self.algorithm.init(), **self.run.algorithm)
-        self.guards.resume(self.run.guards)
-        self.learner.fisher_trial = self.run.fisher_trial
-        self.evaluations = [] if self.run.first_evaluation is None else [self.run.first_evaluation]
-        step = self.run.watch.get("best_step") if self.run.watch else None
-        fits = self._on_main(lambda: best_fits(self.output_dir / "best", step))
-        if not same_everywhere(self.accelerator, [fits])[0]:  # it is another branch's, or in another folder
-            self.run.watch = {}
-        self.replay.load(path, self.accelerator.device)
-        self._saved_step, self._updating = self.state.global_step, False
-        self.events.handler.lr_scheduler = self.learner.scheduler  # made anew for the step that is resumed
-
-    def _evaluation_due(self) -> bool:
-        return self.eval_data is not None and (self.control.should_evaluate or self.run.evaluation_due)
-
-    def _settings(self) -> dict[str, Any]:
-        """Every setting of the run, flat: the algorithm's and TrainConfig's fields have different names."""
-        name = {"algorithm": type(self.algorithm).__name__}
-        all_fields = name | dataclasses.asdict(self.algorithm) | self.args.to_dict() | self.origin
-        return json.loads(json.dumps(all_fields, default=str))
-
     def _end(self) -> None:
         self.terminal.stop()
         self.events.end_training()
@@ -626,18 +581,18 @@ class PolicyGradientTrainer:
 
     def _save_before_the_end(self) -> None:
         self.terminal.stop()
-        unsaved = self.state.global_step > max(self._saved_step, 0)
-        if not self.accelerator.is_main_process or not (unsaved or self._updating or self.guards.broken):
+        unsaved = self.state.global_step > max(self.saved_step, 0)
+        if not self.accelerator.is_main_process or not (unsaved or self.updating or self.guards.broken):
             return
         if self.guards.broken:
             kept = [p.name for p in checkpoints(self.output_dir)] or "none"
             self.terminal.say(f"stopped at step {self.state.global_step}: it is not saved; checkpoints: {kept}")
             return
-        if self._updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
+        if self.updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
             where = self.output_dir / "interrupted"
             save_actor_critic(self.learner.actor, where)
             self.processing_class.save_pretrained(where)
         else:
-            where = self._write_checkpoint()
-        again = "start from" if self._updating else "resume_from_checkpoint=True goes on from"
+            where = write_checkpoint(self)
+        again = "start from" if self.updating else "resume_from_checkpoint=True goes on from"
         self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved: {again} {where}")

@@ -257,7 +257,7 @@ def test_how_products_are_made_is_tried_once_in_a_run(tmp_path):
     run.train()
     assert run.learner.fisher_trial is not None
     run.run.fisher_trial = run.learner.fisher_trial = 1  # as if it had come out otherwise
-    run._saved_step = -1
+    run.saved_step = -1
     run.save_checkpoint()
     again = build.trainer(tmp_path, algorithm=TRPO(), max_steps=2)
     assert again.train(resume_from_checkpoint=True)["fisher_exact"] == 0

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from hfpg import checkpoint, interrupt, trainer
+from hfpg import checkpoint, interrupt, resume
 from hfpg.generation.hf import HFGenerator
 from tests import build
 
@@ -122,7 +122,7 @@ def test_an_impatient_second_signal_does_not_undo_the_saving(tmp_path, monkeypat
             kill(number)
         return checkpoint.save_checkpoint(*args)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", saving)
+    monkeypatch.setattr(resume, "save_checkpoint", saving)
     with pytest.raises(SystemExit) as ended:
         run.train()
     assert ended.value.code == 143 and (tmp_path / "checkpoint-2" / "hfpg_state.json").is_file()

@@ -660,7 +660,7 @@ def test_a_resumed_rank_knows_that_it_is_not_the_main_one(tmp_path, monkeypatch)
     build.trainer(tmp_path, save_steps=1).train()
     trainer = build.trainer(tmp_path, save_steps=1, max_steps=3, resume_from_checkpoint="True")
     monkeypatch.setattr(type(trainer.accelerator), "is_main_process", property(lambda self: False))
-    monkeypatch.setattr(trainer, "_on_main", lambda do: None)
+    monkeypatch.setattr(trainer, "on_main", lambda do: None)
     trainer._begin(None)
     assert not trainer.state.is_world_process_zero and not trainer.state.is_local_process_zero
 
