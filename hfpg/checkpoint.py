@@ -67,6 +67,7 @@ class RunState:
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)  # what evaluations have shown; see report/watch.py
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)  # steps in a row; see guards.py
     sampler_gap: float | None = None  # largest relative difference of sampling and scoring, if looked at
+    sampler_length: int = 0  # tokens of the longest text in that look
     fisher_trial: int | None = None  # how TRPO's products are made; see natural.py
     first_evaluation: dict[str, Any] | None = None
     evaluation_due: bool = False  # the run was stopped before this step's evaluation was done

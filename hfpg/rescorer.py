@@ -22,13 +22,15 @@ from hfpg.types import Rollout, Samples, Scores
 logger = logging.getLogger(__name__)
 
 SAMPLER_TOLERANCE = 1e-5  # between sampling and scoring in single precision, of the largest log-prob: rounding is 1e-6
+LONGER = 1.5  # times the longest text that was compared
 
 
 class Rescorer:
     """Completes rollouts.
 
     In single precision hfpg's own sampler has already said what the scoring forward would say. It is believed after a
-    comparison at the first step of the run, whose result is part of the run's state.
+    comparison at the first step of the run, and again when texts are much longer than any compared so far (a window, a
+    scaled position, is not seen in short ones). The result is part of the run's state.
 
     Args:
         learner: scores, and holds policy, reference and settings.
@@ -94,8 +96,11 @@ class Rescorer:
         shared = self.learner.actor.value_kind == "shared"
         if not self.comparable or given is None or (shared and given.values is None):
             return None
-        if run.sampler_gap is None:
-            run.sampler_gap = self.learner.gap(rows)
+        longest = self._longest(rows)
+        believed = run.sampler_gap is not None and run.sampler_gap <= SAMPLER_TOLERANCE
+        if run.sampler_gap is None or (believed and longest > LONGER * run.sampler_length):
+            run.sampler_length = longest
+            run.sampler_gap = max(self.learner.gap(rows), run.sampler_gap or 0.0)
             logger.info("sampling and scoring differ by at most %.1e of the largest log-prob", run.sampler_gap)
             if run.sampler_gap > SAMPLER_TOLERANCE:
                 self.say(
@@ -103,3 +108,8 @@ class Rescorer:
                     f"than {SAMPLER_TOLERANCE}: old log-probs are scored again at every step"
                 )
         return given if run.sampler_gap <= SAMPLER_TOLERANCE else None
+
+    def _longest(self, rows: Rollout) -> int:
+        """Tokens of the longest prompt with its completion, over all ranks."""
+        mine = rows.lengths.max() if len(rows) else torch.zeros((), dtype=torch.long)
+        return int(self.accelerator.gather(mine.to(self.accelerator.device)[None]).max())

@@ -53,6 +53,25 @@ def test_the_scoring_forward_runs_at_the_first_step_only(tmp_path, monkeypatch):
     assert seen.count(False) == 1 and seen.count(True) == 3
 
 
+def test_texts_much_longer_than_those_compared_are_compared_too(tmp_path, monkeypatch, capsys):
+    trainer = build.trainer(tmp_path)
+    samples, scores = trainer.collect()
+    longest = int((samples.prompt_mask.sum(1) + samples.completion_mask.sum(1)).max())
+    looks = []
+    monkeypatch.setattr(trainer.learner, "gap", lambda rows: looks.append(1) or (1e-7 if len(looks) < 2 else 1e-3))
+    trainer.rescore(samples, scores)
+    trainer.rescore(samples, scores)
+    assert len(looks) == 1 and trainer.run.sampler_length == longest
+    trainer.run.sampler_length = longest // 2  # as if the first step had drawn shorter ones
+    rollout = trainer.rescore(samples, scores)
+    assert len(looks) == 2 and trainer.run.sampler_gap == 1e-3 and trainer.run.sampler_length == longest
+    assert not torch.equal(rollout.old_logprobs, samples.sampler_logprobs)
+    assert "old log-probs are scored again at every step" in capsys.readouterr().out.replace("\n", " ")
+    trainer.run.sampler_length = 1
+    trainer.rescore(samples, scores)
+    assert len(looks) == 2, "what is not believed is not looked at again"
+
+
 def test_a_run_that_goes_on_believes_as_before(tmp_path, monkeypatch):
     build.trainer(tmp_path, algorithm=A2C(), max_steps=2).train()
     again = build.trainer(tmp_path, algorithm=A2C(), max_steps=3, resume_from_checkpoint=True)
