@@ -99,7 +99,7 @@ def save_checkpoint(
         if replay is not None and replay.rollouts:
             save_file(replay.state(), work / REPLAY_FILE)
         trainer_state.save_to_json(str(work / "trainer_state.json"))
-        state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config, "files": file_sums(work)}
+        state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config, "files": read_again(work)}
         (work / STATE_FILE).write_text(sealed(state))
     except Exception as error:
         shutil.rmtree(work, ignore_errors=True)
@@ -121,6 +121,13 @@ def replace_folder(whole: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(whole, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_again(folder: Path) -> dict[str, list[int]]:
+    """Sums of the files that a resumed run reads: not the tokenizer's, not the card."""
+    names = {"trainer_state.json", "config.json", "adapter_config.json"}
+    sums = file_sums(folder)
+    return {name: s for name, s in sums.items() if Path(name).name in names or ".safetensors" in name}
 
 
 def damage(path: Path) -> str | None:
@@ -264,7 +271,8 @@ def load_policy_weights(actor: ActorCritic, path: Path) -> None:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         result = set_peft_model_state_dict(policy, load_peft_weights(str(path)), adapter_name=policy.active_adapter)
-        missing = [k for k in result.missing_keys if f".{policy.active_adapter}." in k]
+        trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+        missing = [k for k in result.missing_keys if k in trained]
         require(
             not missing and not result.unexpected_keys, f"{path} does not hold this model's adapter: {missing[:2]}"
         )

@@ -77,6 +77,8 @@ def in_words(kind: Any) -> str:
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is list:
         return f"a list, each item {in_words(inner[0])}"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {list(inner)}"
     return " or ".join(map(in_words, inner)) if inner else WORDS[kind][0]
 
 
@@ -96,7 +98,7 @@ def check_numbers(settings: Any) -> None:
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         works = f"such as {f.default}" if isinstance(f.default, int | float) else "or absent"
-        finite = not isinstance(value, float) or math.isfinite(value)
+        finite = not isinstance(value, float) or math.isfinite(value) or value == f.default
         require(finite, f"{f.name}={value} must be a finite number, {works}")
 
 

@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
 from hfpg.frozen import skipping, states_below
+from hfpg.integrity import weight_sum
 from hfpg.linear import own_products, precise_head
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
 from hfpg.ops.direct import is_direct, look_up
@@ -380,11 +381,13 @@ class Reference:
         self.adapter_off = ref_model is None and is_peft(actor.policy) and self._adapter_is_inert(actor)
         self.shares_frozen = ref_model is None  # what does not learn is the same in both
         self.copy: ParkedCopy | None = None
+        self.weight_sum: str | None = None  # of the copy: a resumed run must have the same
         if self.adapter_off:
             self.scorer = actor
             return
         # a copy also of a model that is given: it may be the policy itself, and it must not change
         given = actor.policy if ref_model is None else load_pretrained(ref_model)
+        self.weight_sum = weight_sum(given.parameters())
         frozen = {id(p): p for p in given.parameters() if not p.requires_grad and ref_model is None}
         device = next(actor.parameters()).device
         self.copy = ParkedCopy(given, frozen, folder if device.type == "cpu" else None)

@@ -4,50 +4,45 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from hfpg.integrity import weight_sum
 from hfpg.models import Reference
-from hfpg.pretrained import is_peft
+from hfpg.pretrained import is_peft, of_adapter
 
 
 ABOUT = {"peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type"}
 
 
 def origin(
-    policy: Any, reference: Reference | None, ref_model: Any, prompts: Sequence[Sequence[int]], rewards: list[str]
+    policy: Any, reference: Reference | None, prompts: Sequence[Sequence[int]], rewards: list[str]
 ) -> dict[str, Any]:
-    """The prompts, the names of the rewards, the weights that the run needs again, and the adapter's settings.
-
-    Weights: those of the reference, which is the policy as it was passed, and those below an adapter.
-    """
-    return {
+    """The prompts, the names of the rewards, the weights of the reference and below an adapter, its settings."""
+    facts: dict[str, Any] = {
         "train_dataset": row_sum(prompts),
         "reward_funcs": rewards,
-        "model": weight_sum(needed_again(policy, reference)),
-        "ref_model": weight_sum(ref_model.parameters()) if hasattr(ref_model, "parameters") else ref_model,
-        "adapter": adapter_settings(policy) if is_peft(policy) else None,
+        "reference": None if reference is None else reference.weight_sum,
+        "base_model": None,
+        "adapter": None,
     }
-
-
-def needed_again(policy: Any, reference: Reference | None) -> list[Tensor]:
-    """The parameters of a policy that has just been passed that no checkpoint brings back."""
-    if reference is not None and not reference.adapter_off:
-        return list(policy.parameters())  # a copy of it is the reference, adapter included
-    if not is_peft(policy):
-        return []
-    return [p for name, p in policy.named_parameters() if f".{policy.active_adapter}." not in name]
+    if is_peft(policy):
+        active = policy.active_adapter
+        below = [p for name, p in policy.named_parameters() if not of_adapter(name, active)]
+        facts |= {"base_model": weight_sum(below), "adapter": adapter_settings(policy)}
+    return facts
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
     """What the configuration of a PeftModel's adapter says that its kind does not say by default."""
-    config = model.active_peft_config
-    usual = type(config)().to_dict()
-    found = {name: value for name, value in config.to_dict().items() if value != usual.get(name) and name not in ABOUT}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
+    config, found = model.active_peft_config, {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        usual = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value != usual and f.name not in ABOUT:
+            found[f.name] = sorted(value) if isinstance(value, set) else value
+    return found
 
 
 def row_sum(rows: Sequence[Sequence[int]]) -> str:
@@ -56,13 +51,3 @@ def row_sum(rows: Sequence[Sequence[int]]) -> str:
     for row in rows[:: -(-len(rows) // 4096)]:
         crc = zlib.crc32(json.dumps(list(row)).encode(), crc)
     return f"{len(rows)} prompts ({crc:08x})"
-
-
-def weight_sum(tensors: Iterable[Tensor]) -> str:
-    """Checksum of up to 1024 numbers of each tensor."""
-    crc = 0
-    for tensor in tensors:
-        flat = tensor.detach().flatten()
-        part = flat[:: max(1, len(flat) // 1024)][:1024].cpu().contiguous()
-        crc = zlib.crc32(part.view(torch.uint8).numpy().tobytes(), crc)
-    return f"weights {crc:08x}"

@@ -48,9 +48,11 @@ def load_policy(
             f"{config.peft_type} is not supported: its virtual tokens shift every position; use LoRA",
         )
         # an adapter loaded for inference is frozen; here it is there to be trained
+        saved = saved_with_adapter(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = parameter.requires_grad or f".{model.active_adapter}." in name
-        refuse_unsaved(model)
+            mine = of_adapter(name, model.active_adapter) and parameter.data_ptr() in saved
+            parameter.requires_grad = parameter.requires_grad or mine
+        refuse_unsaved(model, saved)
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     require(bool(trained), "no parameter of the model requires a gradient; unfreeze some, or give a peft_config")
     half = [str(dtype).removeprefix("torch.") for dtype in trained if dtype.itemsize < 4]
@@ -132,13 +134,23 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def refuse_unsaved(model: Any) -> None:
-    """Raise ConfigError for a PeftModel of which more is trained, or at work, than is saved with its adapter."""
+def of_adapter(name: str, adapter: str) -> bool:
+    """Whether a PeftModel's parameter is that adapter's: `….lora_A.default.weight`, `….lora_embedding_A.default`."""
+    return adapter in name.split(".")
+
+
+def saved_with_adapter(model: Any) -> set[int]:
+    """Addresses of the tensors that are saved with the active adapter of a PeftModel."""
     from peft import get_peft_model_state_dict
 
+    found = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0])
+    return {tensor.data_ptr() for tensor in found.values()}
+
+
+def refuse_unsaved(model: Any, saved: set[int]) -> None:
+    """Raise ConfigError for a PeftModel of which more is trained, or at work, than is saved with its adapter."""
     active = model.active_adapters
     require(len(active) == 1, f"the adapters {active} are active together; set one: model.set_adapter({active[0]!r})")
-    saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, adapter_name=active[0]).values()}
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
     require(
         not lost,

@@ -18,7 +18,7 @@ def write_checkpoint(trainer: Any) -> Path:
         GuardStop: the policy has weights that are not finite.
         CheckpointError: it could not be written.
     """
-    trainer.guards.weights(trainer.learner.actor.parameters())
+    trainer.guards.weights(p for p in trainer.learner.actor.parameters() if p.requires_grad)
     run = trainer.run
     run.algorithm, run.guards = dataclasses.asdict(trainer.algorithm_state), trainer.guards.counts()
     run.fisher_trial, run.evaluation_due = trainer.learner.fisher_trial, evaluation_due(trainer)

@@ -104,7 +104,7 @@ class PolicyGradientTrainer:
         with self._choose_folder(model):
             actor = self._load(model, peft_config)
             self.reference = Reference(actor, ref_model, self.output_dir) if algorithm.kl_coef > 0 else None
-            self.origin = origin(actor.policy, self.reference, ref_model, self.train_data.encoded, self.judge.names)
+            self.origin = origin(actor.policy, self.reference, self.train_data.encoded, self.judge.names)
             self.algorithm_state, self.run = algorithm.init(), RunState()
             self._connect(actor, generator, callbacks)
         self.evaluations: list[dict[str, Any]] = []  # the first one, and those since the run was resumed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from hfpg import ConfigError
@@ -79,7 +79,7 @@ def test_a_run_goes_on_with_the_prompts_and_the_model_that_it_began_with(tmp_pat
     other = tiny.model()
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1
-    with pytest.raises(ConfigError, match=r"model: 'weights \w+' then, 'weights \w+' now"):
+    with pytest.raises(ConfigError, match=r"reference: 'weights \w+' then, 'weights \w+' now"):
         build.trainer(tmp_path, model=other).train(resume_from_checkpoint=True)
     free = dict(max_steps=1, algorithm=RLOO(kl_coef=0.0))
     build.trainer(tmp_path / "free", **free).train()
@@ -95,6 +95,44 @@ def test_an_adapter_goes_on_with_its_own_settings(tmp_path):
     run(8, 1).train()
     with pytest.raises(ConfigError, match=r"adapter: \{.*then, \{.*'lora_alpha': 16.*now"):
         run(16, 2).train(resume_from_checkpoint=True)
+
+
+CONFIGS = {
+    "embedding": lambda: LoraConfig(r=2, target_modules=["c_attn", "wte"], task_type="CAUSAL_LM"),
+    "loha": lambda: LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "adalora": lambda: AdaLoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", total_step=9),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_random_start_of_an_adapter_is_no_part_of_what_a_run_began_from(kind, tmp_path):
+    def run(seed):
+        model = tiny.model("llama" if kind == "loha" else "gpt2")
+        torch.manual_seed(seed)
+        return build.trainer(tmp_path, model=model, peft_config=CONFIGS[kind](), max_steps=3, save_steps=1)
+
+    whole, again = run(1), run(2)
+    assert not torch.equal(parameters(whole), parameters(again))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(parameters(whole), parameters(again))
+
+
+def test_a_reference_may_move_and_a_policy_may_be_passed_again(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "ref")
+    policy = tiny.model()
+    build.trainer(tmp_path / "run", model=policy, ref_model=str(tmp_path / "ref"), max_steps=1).train()
+    (tmp_path / "ref").rename(tmp_path / "moved")
+    again = build.trainer(tmp_path / "run", model=policy, ref_model=str(tmp_path / "moved"), max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_files_that_a_resumed_run_does_not_read_may_change(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    flip(tmp_path / "run" / "checkpoint-4" / "generation_config.json")
+    (tmp_path / "run" / "checkpoint-4" / "tokenizer.json").unlink()
+    assert damage(tmp_path / "run" / "checkpoint-4") is None
 
 
 def test_another_judge_is_allowed_and_said(tmp_path, capsys):
@@ -205,16 +243,14 @@ def test_the_card_of_a_resumed_run_tells_of_the_whole(tmp_path, capsys):
 
 
 def test_the_best_model_of_an_abandoned_branch_is_set_aside(tmp_path):
-    def lengths(completions, trainer_state):
-        return [float(trainer_state.global_step)] * len(completions)
-
     def run(folder, steps):
         held = dict(eval_dataset=HELD, eval_steps=1, save_steps=1, keep_best_by="eval_scores/watcher")
         judges = dict(reward=[tiny.count_a, watcher], reward_weights=[1.0, 0.0])
         return build.trainer(folder, max_steps=steps, **held, **judges)
 
     def watcher(completions, trainer_state):
-        return lengths(completions, trainer_state)
+        worth = {1: 1.0, 2: 5.0, 3: 2.0, 4: 9.0}  # a later step of the other branch is no better than its own best
+        return [worth.get(trainer_state.global_step, 0.0)] * len(completions)
 
     run(tmp_path / "a", 4).train()
     best = tmp_path / "a" / "best"
@@ -253,13 +289,13 @@ def test_a_policy_that_is_broken_is_not_kept(save_steps, tmp_path, capsys):
 
 
 def test_how_products_are_made_is_tried_once_in_a_run(tmp_path):
-    run = build.trainer(tmp_path, algorithm=TRPO(), max_steps=1)
-    run.train()
-    assert run.learner.fisher_trial is not None
+    setup = dict(algorithm=TRPO(), model=tiny.model("lstm"))
+    run = build.trainer(tmp_path, max_steps=1, **setup)
+    assert run.train()["fisher_exact"] == 1 and run.learner.fisher_trial == 0
     run.run.fisher_trial = run.learner.fisher_trial = 1  # as if it had come out otherwise
     run.saved_step = -1
     run.save_checkpoint()
-    again = build.trainer(tmp_path, algorithm=TRPO(), max_steps=2)
+    again = build.trainer(tmp_path, algorithm=TRPO(), model=tiny.model("lstm"), max_steps=2)
     assert again.train(resume_from_checkpoint=True)["fisher_exact"] == 0
 
 

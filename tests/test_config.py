@@ -2,13 +2,15 @@
 
 import ast
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 import hfpg
-from hfpg.algorithms import PPO, PRESETS
+from hfpg.algorithms import PPO, PRESETS, RLOO
 from hfpg.config import ConfigError, TrainConfig, field, parse
 
 
@@ -326,3 +328,16 @@ def test_every_field_has_a_help_text(cls: type):
 @pytest.mark.parametrize("cls", PRESETS.values())
 def test_no_name_is_both_a_method_knob_and_a_run_knob(cls: type):
     assert not {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def test_a_field_of_a_method_of_the_users_own_may_have_its_own_default():
+    @dataclasses.dataclass(frozen=True)
+    class Own(RLOO):
+        cap: float = math.inf
+        how: Literal["a", "b"] | None = None
+
+    assert Own().cap == math.inf
+    with pytest.raises(ConfigError, match=r"how='c' is a str; it must be one of \['a', 'b'\] or None"):
+        Own(how="c")
+    with pytest.raises(ConfigError, match="cap=nan must be a finite number"):
+        Own(cap=math.nan)
