@@ -35,6 +35,7 @@ def go_on_from(trainer: Any, path: Path) -> None:
     Raises:
         ConfigError: the run that wrote it had other settings, or began from something else.
     """
+    trainer.saved_step = trainer.state.global_step  # a stop in the middle of this saves nothing
     names = trainer.judge.names
     rewards = read_state(path)["config"].get("reward_funcs", names)
     if rewards != names:

@@ -527,12 +527,13 @@ class PolicyGradientTrainer:
         resume = self.args.resume_from_checkpoint if resume is None else resume
         resume = None if resume in (False, "False", "false", "") else resume
         path = find_checkpoint(resume, self.output_dir)
+        if path is not None:
+            path = undamaged(path, resume not in (True, "True", "true"), self.terminal.say)
         fresh = path is None and not resume and not self._claimed
         if fresh or (path is not None and path.parent.resolve() != self.output_dir.resolve()):
             overwrite = self.args.overwrite_output_dir
             self.on_main(lambda: preflight.clear_folder(self.output_dir, self.occupied, overwrite))
         if path is not None:
-            path = undamaged(path, resume not in (True, "True", "true"), self.terminal.say)
             go_on_from(self, path)
         elif resume:
             preflight.refuse_newest_of_nothing(resume, self.named_dir)
