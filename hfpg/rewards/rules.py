@@ -23,6 +23,7 @@ from typing import Any, Literal
 import regex  # type: ignore[import-untyped]  # transformers' own dependency: as `re`, with a time limit
 
 from hfpg.config import ConfigError, require
+from hfpg.rewards.gold import gold_text
 from hfpg.types import Text
 
 
@@ -277,9 +278,11 @@ def exact_answer(
 def maths_answer(column: str = "answer", *, seconds: int = 5, name: str = "maths_answer") -> Rule:
     r"""1 where the completion's last expression equals the row's answer as mathematics (math-verify), else 0.
 
-    `0.5`, `1/2` and `\boxed{\frac{1}{2}}` are equal. None where the row's answer is missing or cannot be read; a
-    completion in which nothing can be read, or whose comparison takes longer than `seconds`, is wrong. The work is
-    done in a process of its own: `\boxed{10^{10^{10^{10}}}}` would otherwise stop the run for ever. Extra: `math`.
+    `0.5`, `1/2` and `\boxed{\frac{1}{2}}` are equal. A row's answer may be bare (`2\sqrt{3}`, `(3, 5)`); what a
+    completion says beyond plain numbers and fractions must stand between dollars or in a box. None where the row's
+    answer is missing or cannot be read; a completion in which nothing can be read, or whose comparison takes longer
+    than `seconds`, is wrong. The work is done in a process of its own: `\boxed{10^{10^{10^{10}}}}` would otherwise
+    stop the run for ever. Extra: `math`.
     """
     require(isinstance(seconds, int) and seconds >= 1, f"seconds={seconds!r} must be a whole number, at least 1")
     require(
@@ -291,7 +294,7 @@ def maths_answer(column: str = "answer", *, seconds: int = 5, name: str = "maths
     def rule(completions: list[Text], **columns: Any) -> list[float | None]:
         answers = column_of(column, columns, name)
         pairs = zip(completions, answers, strict=True)
-        return [None if a in (None, "") else compare(str(a), text_of(c)) for c, a in pairs]
+        return [None if a in (None, "") else compare(gold_text(str(a)), text_of(c)) for c, a in pairs]
 
     return named(rule, name)
 

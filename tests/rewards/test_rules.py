@@ -120,6 +120,9 @@ def test_thinking_stands_first_and_once():
 # ── answers
 
 
+MATHS = maths_answer() if importlib.util.find_spec("math_verify") else None  # one process for many questions
+
+
 def test_the_answer_is_compared_in_plain_form():
     texts = ["Paris.", " \n**paris** ", "Paris, France", "", "Rome"]
     gold = ["Paris", "Paris", "Paris", "Paris", ["Roma", "Rome"]]
@@ -154,6 +157,47 @@ def test_mathematics_is_compared_as_mathematics():
     rule = maths_answer()
     assert scores(rule, texts, answer=gold) == [1, 1, 0, 1, 0, 0, None]
     assert scores(rule, ["5", "5"], answer=[5, None]) == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"3\pi", r"\boxed{3\pi}", "3"),
+        (r"2\sqrt{3}", r"$2\sqrt{3}$", "2"),
+        ("2x+3", r"\boxed{3 + 2x}", "2"),
+        ("10^{5}", "100,000", "10"),
+        ("(3, 5)", "so it is $(3,5)$", "5"),
+        ("[1, 2)", "$[1,2)$", "$(1,2)$"),
+        ("1,2,3", r"\boxed{3, 2, 1}", "1.2"),
+        ("x^2", "$x^2$", "2"),
+        (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}", r"\boxed{\text{Ann}}"),
+        ("A", r"\boxed{A}", r"\boxed{B}"),
+        ("x=3 or x=5", r"\boxed{x=3 \text{ or } x=5}", "5"),
+        ("5!", "120", "5"),
+        ("3 1/2", "3.5", "1"),
+        ("1e-05", "0.00001", "1"),
+        ("−3", "-3", "3"),
+        ("2pi", r"\boxed{2\pi}", "2"),
+        ("$2$", "2", "3"),
+        (r"\boxed{3\pi}", r"$3\pi$", "3"),
+        ("She has 2 left.\n#### 3\\pi", r"$3\pi$", "3"),
+        ("She has 16 - 3 = <<16-3=13>>13 eggs.\n#### 13", "13", "16"),
+        *((plain, "72", "71") for plain in ("72", "72.", "#### 72", "The answer is 72", "72 apples", "$72", "72 kg")),
+        *((plain, "1234", "1") for plain in ("1,234", "1 234", "1,234.0")),
+        ("72%", "72%", "71%"),
+        (".5", "0.5", "5"),
+        ("-7", "-7", "7"),
+    ],
+)
+def test_a_gold_answer_is_read_whole(gold: str, right: str, wrong: str):
+    pytest.importorskip("math_verify", reason="hfpg[math]")
+    assert scores(MATHS, [right, wrong], answer=[gold, gold]) == [1, 0]
+
+
+def test_a_gold_answer_that_would_be_misread_is_not_judged():
+    pytest.importorskip("math_verify", reason="hfpg[math]")
+    golds = ["2√3", "2²", "½", "no number here", "Yes", "sin(x)"]
+    assert scores(MATHS, ["2"] * 6, answer=golds) == [None] * 6
 
 
 def test_mathematics_ends_in_any_thread():
