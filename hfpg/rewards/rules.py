@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -222,9 +223,36 @@ def json_valid(schema: Mapping[str, Any] | None = None, *, name: str = "") -> Ru
 # ── answers
 
 
+ENDS = " .,;:!?\"'`*"
+
+
 def plain(text: str) -> str:
-    """Upper and lower case, kinds of space and of letters (NFKC), and quotes and full stops at the ends are one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .,;:!?\"'`*")
+    """Upper and lower case, kinds of space and of letters (NFKC), and quotes and full stops at the ends are one.
+
+    No number changes: `.5`, `5!`, `2²` and `½` stay. A text of nothing but such signs stays, too.
+    """
+    runs = itertools.groupby(text, _is_raised)
+    text = "".join("".join(run) if kept else unicodedata.normalize("NFKC", "".join(run)) for kept, run in runs)
+    text = " ".join(text.casefold().split())
+    core = text.strip(ENDS)
+    start = text.find(core)
+    before, after = text[:start], text[start + len(core) :]
+    if re.search(r"(?<![.,])[.,]$", before) and core[:1].isdigit():
+        core = before[-1] + core
+    if re.search(r"\d\)*$", core):
+        core += after[: len(after) - len(after.lstrip("!"))]
+    return core or text
+
+
+def _is_raised(letter: str) -> bool:
+    """A superscript, subscript or fraction, which NFKC would write as digits beside those before it."""
+    return unicodedata.decomposition(letter).startswith(("<super>", "<sub>", "<fraction>"))
+
+
+def _written(answer: Any) -> list[str]:
+    """An answer as text. A column of floats holds 5 as 5.0: both are it."""
+    whole = isinstance(answer, float) and answer.is_integer()
+    return [str(answer), str(int(answer))] if whole else [str(answer)]
 
 
 def exact_answer(
@@ -259,7 +287,8 @@ def exact_answer(
         return found[-1][1 if finder.groups else 0] if found else None
 
     def score(text: str, answer: Any) -> float | None:
-        wanted = [str(a) for a in (answer if isinstance(answer, list | tuple) else [answer]) if a not in (None, "")]
+        answers = [a for a in (answer if isinstance(answer, list | tuple) else [answer]) if a not in (None, "")]
+        wanted = [written for a in answers for written in _written(a)]
         if not wanted:
             return None
         try:

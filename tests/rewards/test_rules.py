@@ -131,6 +131,27 @@ def test_the_answer_is_compared_in_plain_form():
     assert scores(exact_answer(), ["０"], answer=[0]) == [1]  # a full-width nought
 
 
+@pytest.mark.parametrize(
+    ("said", "gold"),
+    [(".5", "5"), ("5!", "5"), ("2²", "22"), ("", "."), ("2½", "21/2"), ("H₂", "H2"), (",5", "5"), ("?", "!")],
+)
+def test_the_plain_form_changes_no_number(said: str, gold: str):
+    assert scores(exact_answer(), [said, gold], answer=[gold, gold]) == [0, 1]
+    assert scores(exact_answer(), [said or "-", gold], answer=[said or "-", said or "-"]) == [1, 0]
+
+
+def test_signs_at_the_ends_are_no_part_of_an_answer():
+    texts = ['"5"', "5.", "**5**", "5?", "...5", "5…", "**.5**", "5!.", "Paris!", "`n!`"]
+    gold = ["5", "5", "5", "5", "5", "5", ".5", "5!", "paris", "n"]
+    assert scores(exact_answer(), texts, answer=gold) == [1] * 10
+
+
+def test_a_whole_number_in_a_column_of_floats_is_written_either_way():
+    texts, gold = ["5", "5.0", "5.5", "5", "05", "5"], [5.0, 5.0, 5.5, 5.5, 5.0, float("inf")]
+    assert scores(exact_answer(), texts, answer=gold) == [1, 1, 1, 0, 0, 0]
+    assert scores(exact_answer(normalise=None), ["5", "4"], answer=[[4.0, 5.0], 5.0]) == [1, 0]
+
+
 def test_the_answer_stands_where_the_pattern_says():
     rule = exact_answer(pattern=r"answer is (\w+)")
     assert scores(rule, ["The answer is 4, no, the answer is 5.", "5"], answer=["5", "5"]) == [1, 0]
