@@ -25,6 +25,7 @@ import regex  # type: ignore[import-untyped]  # transformers' own dependency: as
 
 from hfpg.config import ConfigError, require
 from hfpg.rewards.gold import gold_text
+from hfpg.rewards.json_schema import schema_checker
 from hfpg.types import Text
 
 
@@ -189,32 +190,27 @@ def think_format(completions: list[Text], **columns: Any) -> list[float | None]:
     return [float(re.match(pattern, text_of(c), re.DOTALL | re.MULTILINE) is not None) for c in completions]
 
 
-def json_valid(schema: Mapping[str, Any] | None = None, *, name: str = "") -> Rule:
+def json_valid(schema: Mapping[str, Any] | None = None, *, seconds: float = 1.0, name: str = "") -> Rule:
     """1 where the whole text is JSON (RFC 8259: no NaN) and, with a schema, fits it; else 0.
 
-    A schema needs the extra `json`; references in it to other documents are never fetched.
+    A schema needs the extra `json`; references in it to other documents are never fetched. None where its patterns
+    take longer than `seconds` for one text.
     """
     fits: Callable[[Any], bool] = lambda value: True  # noqa: E731
     if schema is not None:
         optional("jsonschema", "jsonschema", "json", "json_valid with a schema")
-        from jsonschema import SchemaError  # type: ignore[import-untyped]
-        from jsonschema.validators import validator_for  # type: ignore[import-untyped]
-        from referencing import Registry
-
-        kind = validator_for(schema)
-        try:
-            kind.check_schema(schema)
-        except SchemaError as error:
-            raise ConfigError(f"json_valid: this is no JSON schema: {error.message}") from None
-        fits = kind(schema, registry=Registry()).is_valid
+        fits = schema_checker(schema, seconds)
 
     def no_constant(constant: str) -> None:
         raise ValueError(constant)
 
-    def score(text: str) -> float:
+    def score(text: str) -> float | None:
         try:
             return float(fits(json.loads(text, parse_constant=no_constant)))
-        except (ValueError, RecursionError):  # no JSON, a number of 10,000 digits, 10,000 brackets
+        except TimeoutError:
+            return None
+        # no JSON, a number of 10,000 digits, 10,000 brackets, 1e999 where a multiple of 0.5 is asked for
+        except (ValueError, RecursionError, ArithmeticError):
             return 0.0
 
     return by_text(name or ("json_valid" if schema is None else "json_schema"), score)

@@ -106,6 +106,50 @@ def test_json_fits_a_schema():
     assert scores(json_valid(schema), ['{"age": 3}', '{"age": "3"}', "[]", "no"]) == [1, 0, 0, 0]
 
 
+def test_a_number_that_cannot_be_divided_is_no_multiple():
+    pytest.importorskip("jsonschema", reason="hfpg[json]")
+    rule = json_valid({"type": "number", "multipleOf": 0.5})
+    assert scores(rule, ["1.5", "1.2", "1e999", "1" + "0" * 400]) == [1, 0, 0, 0]
+
+
+SLOW = "^(a|a)+$"
+HARD = "a" * 40 + "d"
+
+
+@pytest.mark.parametrize(
+    ("schema", "fitting", "other", "slow"),
+    [
+        ({"pattern": SLOW}, '"aa"', '"b"', f'"{HARD}"'),
+        ({"patternProperties": {SLOW: {"type": "integer"}}}, '{"a": 1, "b": ""}', '{"a": ""}', f'{{"{HARD}": 1}}'),
+        (
+            {"properties": {"b": {}}, "patternProperties": {SLOW: {}}, "additionalProperties": False},
+            *('{"a": 1, "b": 2}', '{"c": 1}', f'{{"{HARD}": 1}}'),
+        ),
+        ({"additionalProperties": {"pattern": SLOW}}, '{"c": "a"}', '{"c": "b"}', f'{{"c": "{HARD}"}}'),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"pattern": SLOW}}}, '"aa"', '"b"', f'"{HARD}"'),
+        ({"propertyNames": {"pattern": SLOW}}, '{"a": 1}', '{"b": 1}', f'{{"{HARD}": 1}}'),
+    ],
+)
+def test_a_schemas_pattern_that_takes_for_ever_abstains(schema: dict, fitting: str, other: str, slow: str):
+    pytest.importorskip("jsonschema", reason="hfpg[json]")
+    begin = time.monotonic()
+    assert scores(json_valid(schema, seconds=0.05), [fitting, other, slow]) == [1, 0, None]
+    assert time.monotonic() - begin < 10
+
+
+def test_a_schema_may_refer_to_its_own_parts_and_to_what_it_names_so():
+    pytest.importorskip("jsonschema", reason="hfpg[json]")
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}, "$ref": {"type": "integer"}}}
+    assert scores(json_valid(tree), ['{"next": {"next": {}}, "$ref": 1}', '{"next": 1}']) == [1, 0]
+    named = {"$id": "https://a.org/s", "$defs": {"x": {"$anchor": "x", "type": "null"}}, "items": {"$ref": "s#x"}}
+    assert scores(json_valid(named), ["[null]", "[1]"]) == [1, 0]
+    assert scores(json_valid({"const": {"$ref": "gone"}}), ['{"$ref": "gone"}', "1"]) == [1, 0]
+    old = {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"a": {"type": "null"}}}
+    assert scores(json_valid(old | {"items": {"$ref": "#/definitions/a"}}), ["[null]", "[1]"]) == [1, 0]
+    assert scores(json_valid({"$ref": "https://json-schema.org/draft/2020-12/schema"}), ["{}", "[]"]) == [1, 0]
+    assert scores(json_valid(True), ["1"]) == [1]  # type: ignore[arg-type]
+
+
 def test_thinking_stands_first_and_once():
     texts = [
         "<think>\na\n</think>\nb",
@@ -312,6 +356,14 @@ def test_readability_fetches_no_dictionary(monkeypatch: pytest.MonkeyPatch):
         (lambda: contains([]), r"contains\(\[\]\): give at least one word"),
         (lambda: contains("a", "some"), "how='some'; use 'any' or 'all'"),
         (lambda: json_valid({"type": "thing"}), "this is no JSON schema: 'thing' is not valid"),
+        (lambda: json_valid({"$ref": "#/$defs/x"}), r"the schema's \$ref '#/\$defs/x' leads nowhere in it"),
+        (lambda: json_valid({"items": {"$ref": "https://a.org/b"}}), r"\$ref 'https://a.org/b' leads nowhere"),
+        (lambda: json_valid({"$ref": "#/a/b", "a": {"b": {"$ref": "#c"}}}), r"\$ref '#c' leads nowhere"),
+        (lambda: json_valid({"patternProperties": {"(": {}}}), r"'\(' is "),
+        (
+            lambda: json_valid({"allOf": [{"patternProperties": {"a": {}}}], "unevaluatedProperties": False}),
+            "would search without a time limit; use additionalProperties",
+        ),
         (lambda: maths_answer(seconds=0), "seconds=0 must be a whole number, at least 1"),
         (lambda: readability("ease"), "no formula 'ease'; it has automated_readability_index, "),
     ],
