@@ -9,6 +9,7 @@ In place of a float there may be a list of them: one per token of the completion
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -17,9 +18,10 @@ import logging
 import math
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -362,6 +364,36 @@ def beside(own: Collection[str], logged: Mapping[str, V]) -> dict[str, V]:
     return {f"logged/{name}" if name in own else name: value for name, value in logged.items()}
 
 
+class _Beside:
+    """A coroutine that runs in a thread of its own: a notebook has an event loop running already in this one."""
+
+    GRACE = 5.0  # seconds that what is cancelled has to close its connections
+
+    def __init__(self, work: Coroutine[Any, Any, Any]):
+        self.loop, self.future = asyncio.new_event_loop(), Future[Any]()
+        # one that is stuck and cannot be cancelled must not keep Python from ending
+        self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self.thread.start()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+                self.future.set_result(runner.run(work))
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def cancel(self) -> None:
+        """End it where it waits."""
+
+        def every() -> None:
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended by itself
+            self.loop.call_soon_threadsafe(every)
+        self.thread.join(self.GRACE)
+
+
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
     """Every function's result, or the RewardError that it ended in, in order; the async ones run concurrently."""
 
@@ -384,10 +416,9 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
         return await asyncio.gather(*map(one, waiting))
 
     slow = [f for f in functions if f.is_async]
-    # a thread of its own: a notebook has an event loop running already in this one
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(lambda: asyncio.run(concurrently(slow))) if slow else None
-        results: dict[str, Any] = {}
+    beside = _Beside(concurrently(slow)) if slow else None
+    results: dict[str, Any] = {}
+    try:
         for function in functions:
             if not function.is_async:
                 try:
@@ -396,8 +427,12 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
                     if getattr(error, "code", None) == 128 + signal.SIGTERM:  # not the function's own: the run ends
                         raise
                     results[function.name] = named(function, error)
-        if future is not None:
-            results.update(zip((f.name for f in slow), future.result(), strict=True))
+        if beside is not None:
+            results.update(zip((f.name for f in slow), beside.future.result(), strict=True))
+    except BaseException:  # Ctrl-C does not wait for a judge that may take minutes
+        if beside is not None:
+            beside.cancel()
+        raise
     return [results[f.name] for f in functions]
 
 
