@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -151,8 +152,23 @@ class Log:
         self.extra[f"extra/{column}" if column in RECORDED else str(column)] = values
 
     def log_metric(self, name: str, value: float) -> None:
-        """One number, averaged over calls and ranks, for the metrics."""
-        self.metrics.setdefault(str(name), []).append(float(value))
+        """One number, averaged over calls and ranks, for the metrics. What is not finite is left out, and said once.
+
+        A watched number that a call lacks (the accuracy of no judged row) must not end a run, nor spoil the mean.
+        """
+        number, values = float(value), self.metrics.setdefault(str(name), [])
+        if math.isfinite(number):
+            values.append(number)
+        else:
+            _say_left_out(str(name), str(number))
+
+
+@functools.cache
+def _say_left_out(name: str, value: str) -> None:
+    """Once for each name and value."""
+    logger.warning(
+        "log_metric(%r) got %s, which is no finite number; such values are left out of its mean", one_line(name), value
+    )
 
 
 class DryCall(NamedTuple):
@@ -347,7 +363,7 @@ def merge_said(parts: Sequence[Heard]) -> dict[str, Any]:
 
     names = dict.fromkeys(name for part in parts for name in part.metrics)
     logged = {n: [v for part in parts for v in part.metrics.get(n, [])] for n in names}
-    means = {n: sum(values) / len(values) for n, values in logged.items()}
+    means = {n: sum(values) / len(values) for n, values in logged.items() if values}
     errors = [text for part in parts for text in part.errors]
     rows = sum(part.rows for part in parts)
     tables = dict(by_function=columns("by_function"), extra=columns("extra"))

@@ -589,6 +589,26 @@ def test_a_good_function_passes_the_dry_call_and_its_words_are_forgotten():
     assert dry([length, logs]) == DryCall(logged=["y"], unsteady=[])
 
 
+def test_a_logged_number_that_is_not_finite_is_left_out_and_said_once(caplog):
+    values = iter([math.nan, 2.0, math.nan, math.inf])
+
+    def logs(completions, log_metric):
+        log_metric("lonely", next(values))
+        return [0.0] * 3
+
+    logs_of = [Log() for _ in range(4)]
+    for log in logs_of:
+        judge(logs, log)
+    assert [log.metrics for log in logs_of] == [{"lonely": v} for v in ([], [2.0], [], [])]
+    heard = [Heard(3, {}, {}, log.metrics, []) for log in logs_of]
+    assert merge_said(heard)["metrics"] == {"lonely": 2.0} and merge_said(heard[:1])["metrics"] == {}
+    assert merge_rounds([merge_said(heard[:1]), merge_said(heard[1:])])["metrics"] == {"lonely": 2.0}
+    told = [
+        f"log_metric('lonely') got {v}, which is no finite number; such values are left out" for v in ("nan", "inf")
+    ]
+    assert [record.getMessage()[: len(t)] for record, t in zip(caplog.records, told, strict=True)] == told
+
+
 def test_the_dry_call_finds_hidden_randomness():
     draws = iter(range(99))
 
