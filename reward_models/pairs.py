@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def judged_text(tokenizer: Any, prompt: Text, completion: Text) -> str:
 
 def plain(text: Text) -> str:
     """A text or the contents of a conversation's messages: what is compared and measured."""
-    return text if isinstance(text, str) else "\n".join(str(message["content"]) for message in text)
+    return text if isinstance(text, str) else "\n".join(str(message.get("content") or "") for message in text)
 
 
 def load_pairs(
@@ -109,11 +110,11 @@ def read_pairs(table: dict[str, list[Any]], source: str = "the data set", margin
     """Pairs from columns: `chosen` and `rejected`, text or conversation, and if there is one `prompt`.
 
     The margin column, where it exists, holds m ≥ 0. A pair is a tie where both texts are equal, where a column `tie`
-    is true, or where `score_chosen` equals `score_rejected`.
+    is true, or where there are two scores, `score_chosen` and `score_rejected`, and they are equal.
 
     Raises:
         ConfigError: a column is missing, there is no row, a text is missing or neither text nor conversation, both
-            kinds are mixed, or a margin is negative or no number; with row numbers.
+            kinds are mixed, a margin is negative or no number, or a tie neither true nor false; with row numbers.
     """
     names = list(table)
     for name in ("chosen", "rejected"):
@@ -137,9 +138,10 @@ def read_pairs(table: dict[str, list[Any]], source: str = "the data set", margin
         f"some pairs of {source} are conversations and the others text; use one kind",
     )
     margins = _margins(table.get(margin_column), len(rows))
-    told = [bool(t) for t in table.get("tie", [False] * len(rows))]
-    scores = table.get("score_chosen", [0.0] * len(rows)), table.get("score_rejected", [1.0] * len(rows))
-    equal = [c == r for c, r in zip(*scores, strict=True)]
+    told = _told_ties(table.get("tie") or [False] * len(rows))
+    none = [None] * len(rows)
+    scores = zip(table.get("score_chosen", none), table.get("score_rejected", none), strict=True)
+    equal = [c is not None and c == r for c, r in scores]
     ties = [t or e or row[1] == row[2] for t, e, row in zip(told, equal, rows, strict=True)]
     return Pairs([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], margins, ties)
 
@@ -154,6 +156,12 @@ def _refuse_bad_texts(name: str, texts: Sequence[Any], source: str) -> None:
             isinstance(text, str) or conversation,
             f"{name!r} of row {i} in {source} is {text!r:.60}; expected text, or a list of messages such as "
             "[{'role': 'user', 'content': 'Hi'}]",
+        )
+        bare = [m for m in text if m.get("content") is None and not m.get("tool_calls")] if conversation else []
+        require(
+            not bare,
+            f"{name!r} of row {i} in {source} has the message {bare[:1]!r:.80} without content; a message is such as "
+            "{'role': 'user', 'content': 'Hi'}",
         )
 
 
@@ -174,12 +182,25 @@ def _fit(prompt: Text, chosen: Text, rejected: Text, row: int) -> tuple[Text, Te
         isinstance(chosen, list) and isinstance(rejected, list),
         f"row {row} has a conversation beside a text in 'chosen' and 'rejected'; use one kind",
     )
-    held = [any(m["content"] == prompt for m in side[:2]) for side in (chosen, rejected) if isinstance(side, list)]
+    held = [any(m.get("content") == prompt for m in side[:2]) for side in (chosen, rejected) if isinstance(side, list)]
     require(
         not prompt or all(held),
         f"row {row} has a text prompt and conversations that do not begin with it; make it a conversation, too",
     )
     return [], chosen, rejected
+
+
+def _told_ties(column: Sequence[Any]) -> list[bool]:
+    """The column `tie`: true or false, also as 0 and 1 or as a text; nothing is no."""
+    known = {"true": True, "yes": True, "1": True, "1.0": True} | dict.fromkeys(("false", "no", "0", "0.0", ""), False)
+    said = ["" if value is None else str(value).strip().lower() for value in column]
+    bad = [i for i, word in enumerate(said) if word not in known]
+    require(
+        not bad,
+        f"{len(bad)} values of 'tie' are neither true nor false (rows {bad[:3]}: {[column[i] for i in bad[:3]]}); use "
+        "true or false",
+    )
+    return [known[word] for word in said]
 
 
 def _margins(column: Sequence[Any] | None, rows: int) -> list[float]:
@@ -195,31 +216,52 @@ def _margins(column: Sequence[Any] | None, rows: int) -> list[float]:
     return [float(m) for m in column]
 
 
+def shared_prompt(chosen: Text, rejected: Text) -> Text:
+    """The messages with which both conversations begin, up to the last one that is not the assistant's.
+
+    They are the prompt where the data have no column of it; of texts, and without a user's message, there is none.
+    """
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return []
+    same = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    messages = [message for message, _ in same]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages if any(message["role"] == "user" for message in messages) else []
+
+
 def hold_out(pairs: Pairs, count: int, seed: int) -> tuple[Pairs, Pairs, int]:
     """Training pairs, held-out pairs (at most a fifth), and how many pairs in between were dropped.
 
     Pairs of one prompt stay together, and training pairs that share a text with a held-out pair are dropped: a judge
-    has never seen the texts that it is measured on.
+    has never seen the texts that it is measured on. A prompt that has more pairs than may still be held out is learnt.
 
     Raises:
         ConfigError: too few pairs to hold one out, or all share a prompt or texts.
     """
-    count = min(count, len(pairs) // 5)
-    require(count >= 1, f"{len(pairs)} pairs are too few to hold some out: at least 5, or name an --eval_dataset")
-    names = [plain(p) or f"row {i}" for i, p in enumerate(pairs.prompts)]
-    order = list(dict.fromkeys(names[i] for i in permutation(len(pairs), seed, "hold out").tolist()))
+    most = len(pairs) // 5
+    require(most >= 1, f"{len(pairs)} pairs are too few to hold some out: at least 5, or name an --eval_dataset")
+    prompts = [p or shared_prompt(c, r) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
+    names = [plain(p) or f"row {i}" for i, p in enumerate(prompts)]
     members: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         members.setdefault(name, []).append(row)
     out: list[int] = []
-    while len(out) < count and order:
-        out += members[order.pop(0)]
+    for name in dict.fromkeys(names[i] for i in permutation(len(pairs), seed, "hold out").tolist()):
+        if len(out) < count and len(out) + len(members[name]) <= most:
+            out += members[name]
+    fewest = min(map(len, members.values()))
+    require(
+        len(out) > 0,
+        f"at most a fifth of {len(pairs)} pairs, {most}, may be held out, and every prompt has {fewest} or more; "
+        "pairs of one prompt stay together: name an --eval_dataset",
+    )
     held, seen = set(out), {plain(side[i]) for i in out for side in (pairs.chosen, pairs.rejected)}
     rest = [i for i in range(len(pairs)) if i not in held]
-    own = [i for i in rest if not ({plain(pairs.chosen[i]), plain(pairs.rejected[i])} & seen and not pairs.prompts[i])]
+    own = [i for i in rest if prompts[i] or not {plain(pairs.chosen[i]), plain(pairs.rejected[i])} & seen]
     require(
         len(own) > 0,
-        f"no training pair is left beside {len(out)} held-out pairs: all share their prompt or their texts; name an "
-        "--eval_dataset, or hold out fewer with --held_out",
+        f"no training pair is left beside {len(out)} held-out pairs: all share their texts; name an --eval_dataset, "
+        "or hold out fewer with --held_out",
     )
     return pairs.take(own), pairs.take(sorted(out)), len(rest) - len(own)

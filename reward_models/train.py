@@ -28,10 +28,13 @@ from pairs import Pairs, hold_out, load_pairs, plain
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from hfpg.config import SECRET, ConfigError, field, no_progress_bar, one_sentence, parse, require
 from hfpg.data import read_chat_template
 from hfpg.ops.preference import bradley_terry, centering, pair_accuracy
+from hfpg.rewards.model_judge import longest_input
 
 
 DONE = "training.json"  # written last: a folder that has it is whole
@@ -171,7 +174,7 @@ def load_backbone(script: Script) -> tuple[Any, Any]:
     forget(model.config)
     if script.chat_template:
         tokenizer.chat_template = read_chat_template(script.chat_template)
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    limit = longest_input(model, tokenizer)
     tokenizer.model_max_length = min(limit, script.max_length or limit)
     tokenizer.truncation_side = "left"  # the completion stands at the end
     tokenizer.padding_side = "right"  # position ids are then right in every architecture
@@ -298,6 +301,26 @@ def deal_out(script: Script, seed: int) -> tuple[Pairs, Pairs, dict[str, int]]:
     return train, held.without_ties(), {"ties": ties, "shared_text": shared}
 
 
+def checkpoint_of(args: TrainingArguments) -> str | None:
+    """The checkpoint that the run goes on from: a folder, or with "True" the newest one of output_dir.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    given, folder = str(args.resume_from_checkpoint or ""), args.output_dir or ""
+    if given.lower() in ("", "false"):
+        return None
+    newest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    path = newest if given.lower() == "true" else given
+    require(
+        path is not None and (Path(path) / TRAINER_STATE_NAME).is_file(),
+        f"resume_from_checkpoint={given!r} is no checkpoint of this script: there is no {TRAINER_STATE_NAME} in "
+        f"{path or f'any folder {folder}/checkpoint-N'}; give one such as {newest or 'runs/judge/checkpoint-500'} "
+        "(--save_strategy steps writes them), or leave it out",
+    )
+    return path
+
+
 def train(script: Script, args: TrainingArguments, command: str = "", about: str = "") -> dict[str, Any]:
     """Train, save the folder, measure it the way hfpg will use it, and write its card. Returns what was measured.
 
@@ -308,6 +331,7 @@ def train(script: Script, args: TrainingArguments, command: str = "", about: str
     set_seed(args.seed)
     args.remove_unused_columns = False  # the collator reads all columns
     args.dataloader_pin_memory = torch.cuda.is_available()
+    checkpoint = checkpoint_of(args)
     train_pairs, held_pairs, left_out = deal_out(script, args.seed)
     model, tokenizer = load_backbone(script)
     if script.disable_dropout:
@@ -324,7 +348,7 @@ def train(script: Script, args: TrainingArguments, command: str = "", about: str
         centering=script.centering,
     )
     start = time.perf_counter()
-    result = trainer.train()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     facts: dict[str, Any] = {
         "train_pairs": len(train_pairs),
         "held_out_pairs": len(held_pairs),

@@ -9,7 +9,9 @@ In place of a float there may be a list of them: one per token of the completion
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -17,9 +19,10 @@ import logging
 import math
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -149,8 +152,23 @@ class Log:
         self.extra[f"extra/{column}" if column in RECORDED else str(column)] = values
 
     def log_metric(self, name: str, value: float) -> None:
-        """One number, averaged over calls and ranks, for the metrics."""
-        self.metrics.setdefault(str(name), []).append(float(value))
+        """One number, averaged over calls and ranks, for the metrics. What is not finite is left out, and said once.
+
+        A watched number that a call lacks (the accuracy of no judged row) must not end a run, nor spoil the mean.
+        """
+        number, values = float(value), self.metrics.setdefault(str(name), [])
+        if math.isfinite(number):
+            values.append(number)
+        else:
+            _say_left_out(str(name), str(number))
+
+
+@functools.cache
+def _say_left_out(name: str, value: str) -> None:
+    """Once for each name and value."""
+    logger.warning(
+        "log_metric(%r) got %s, which is no finite number; such values are left out of its mean", one_line(name), value
+    )
 
 
 class DryCall(NamedTuple):
@@ -345,7 +363,7 @@ def merge_said(parts: Sequence[Heard]) -> dict[str, Any]:
 
     names = dict.fromkeys(name for part in parts for name in part.metrics)
     logged = {n: [v for part in parts for v in part.metrics.get(n, [])] for n in names}
-    means = {n: sum(values) / len(values) for n, values in logged.items()}
+    means = {n: sum(values) / len(values) for n, values in logged.items() if values}
     errors = [text for part in parts for text in part.errors]
     rows = sum(part.rows for part in parts)
     tables = dict(by_function=columns("by_function"), extra=columns("extra"))
@@ -360,6 +378,36 @@ def merge_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def beside(own: Collection[str], logged: Mapping[str, V]) -> dict[str, V]:
     """What log_metric got, by the names of the metrics: one that hfpg uses itself becomes `logged/NAME`."""
     return {f"logged/{name}" if name in own else name: value for name, value in logged.items()}
+
+
+class _Beside:
+    """A coroutine that runs in a thread of its own: a notebook has an event loop running already in this one."""
+
+    GRACE = 5.0  # seconds that what is cancelled has to close its connections
+
+    def __init__(self, work: Coroutine[Any, Any, Any]):
+        self.loop, self.future = asyncio.new_event_loop(), Future[Any]()
+        # one that is stuck and cannot be cancelled must not keep Python from ending
+        self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self.thread.start()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+                self.future.set_result(runner.run(work))
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def cancel(self) -> None:
+        """End it where it waits."""
+
+        def every() -> None:
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended by itself
+            self.loop.call_soon_threadsafe(every)
+        self.thread.join(self.GRACE)
 
 
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
@@ -384,10 +432,9 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
         return await asyncio.gather(*map(one, waiting))
 
     slow = [f for f in functions if f.is_async]
-    # a thread of its own: a notebook has an event loop running already in this one
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(lambda: asyncio.run(concurrently(slow))) if slow else None
-        results: dict[str, Any] = {}
+    beside = _Beside(concurrently(slow)) if slow else None
+    results: dict[str, Any] = {}
+    try:
         for function in functions:
             if not function.is_async:
                 try:
@@ -396,8 +443,12 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
                     if getattr(error, "code", None) == 128 + signal.SIGTERM:  # not the function's own: the run ends
                         raise
                     results[function.name] = named(function, error)
-        if future is not None:
-            results.update(zip((f.name for f in slow), future.result(), strict=True))
+        if beside is not None:
+            results.update(zip((f.name for f in slow), beside.future.result(), strict=True))
+    except BaseException:  # Ctrl-C does not wait for a judge that may take minutes
+        if beside is not None:
+            beside.cancel()
+        raise
     return [results[f.name] for f in functions]
 
 

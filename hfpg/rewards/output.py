@@ -111,6 +111,7 @@ def _one(
             "'cannot judge'",
             [],
         )
+    plain = [_plain(part) for part in plain]
     wrong = [part for part in plain if not _is_score(part)]
     if wrong:
         told = f"reward function {name!r} returned a list with {shown(wrong[0])} {where}"

@@ -14,6 +14,7 @@ import contextlib
 import email.utils
 import ipaddress
 import json
+import logging
 import math
 import os
 import random
@@ -43,6 +44,23 @@ class _Attempt(Exception):
     def __init__(self, why: str, *, again: bool = True, wait: float = 0.0):
         super().__init__(why)
         self.again, self.wait = again, wait
+
+
+class _Queries(logging.Filter):
+    """Takes the query of an address, which may hold a secret, out of what httpx2 logs of every request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, str] = {}  # by the address as it is logged
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Every record passes."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(self.shown.get(str(value), value) for value in record.args)
+        return True
+
+
+QUERIES = _Queries()
 
 
 class RemoteJudge:
@@ -90,9 +108,10 @@ class RemoteJudge:
         self.http = optional("httpx2", "httpx2", "remote", "a remote judge")
         self.url, self.shown, self.local = url, *_checked_url(url, allow_insecure)
         try:
-            self.http.URL(url)
+            QUERIES.shown[str(self.http.URL(url))] = self.shown
         except self.http.InvalidURL as error:
             raise ConfigError(f"the remote judge's url {self.shown!r} cannot be read: {error}") from None
+        logging.getLogger("httpx2").addFilter(QUERIES)  # once, however often it is said
         self.headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if token_env is not None:
             self.headers["Authorization"] = f"Bearer {_token(token_env)}"

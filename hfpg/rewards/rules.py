@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -23,6 +24,8 @@ from typing import Any, Literal
 import regex  # type: ignore[import-untyped]  # transformers' own dependency: as `re`, with a time limit
 
 from hfpg.config import ConfigError, require
+from hfpg.rewards.gold import gold_text
+from hfpg.rewards.json_schema import schema_checker
 from hfpg.types import Text
 
 
@@ -187,32 +190,27 @@ def think_format(completions: list[Text], **columns: Any) -> list[float | None]:
     return [float(re.match(pattern, text_of(c), re.DOTALL | re.MULTILINE) is not None) for c in completions]
 
 
-def json_valid(schema: Mapping[str, Any] | None = None, *, name: str = "") -> Rule:
+def json_valid(schema: Mapping[str, Any] | None = None, *, seconds: float = 1.0, name: str = "") -> Rule:
     """1 where the whole text is JSON (RFC 8259: no NaN) and, with a schema, fits it; else 0.
 
-    A schema needs the extra `json`; references in it to other documents are never fetched.
+    A schema needs the extra `json`; references in it to other documents are never fetched. None where its patterns
+    take longer than `seconds` for one text.
     """
     fits: Callable[[Any], bool] = lambda value: True  # noqa: E731
     if schema is not None:
         optional("jsonschema", "jsonschema", "json", "json_valid with a schema")
-        from jsonschema import SchemaError  # type: ignore[import-untyped]
-        from jsonschema.validators import validator_for  # type: ignore[import-untyped]
-        from referencing import Registry
-
-        kind = validator_for(schema)
-        try:
-            kind.check_schema(schema)
-        except SchemaError as error:
-            raise ConfigError(f"json_valid: this is no JSON schema: {error.message}") from None
-        fits = kind(schema, registry=Registry()).is_valid
+        fits = schema_checker(schema, seconds)
 
     def no_constant(constant: str) -> None:
         raise ValueError(constant)
 
-    def score(text: str) -> float:
+    def score(text: str) -> float | None:
         try:
             return float(fits(json.loads(text, parse_constant=no_constant)))
-        except (ValueError, RecursionError):  # no JSON, a number of 10,000 digits, 10,000 brackets
+        except TimeoutError:
+            return None
+        # no JSON, a number of 10,000 digits, 10,000 brackets, 1e999 where a multiple of 0.5 is asked for
+        except (ValueError, RecursionError, ArithmeticError):
             return 0.0
 
     return by_text(name or ("json_valid" if schema is None else "json_schema"), score)
@@ -221,9 +219,36 @@ def json_valid(schema: Mapping[str, Any] | None = None, *, name: str = "") -> Ru
 # ── answers
 
 
+ENDS = " .,;:!?\"'`*"
+
+
 def plain(text: str) -> str:
-    """Upper and lower case, kinds of space and of letters (NFKC), and quotes and full stops at the ends are one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .,;:!?\"'`*")
+    """Upper and lower case, kinds of space and of letters (NFKC), and quotes and full stops at the ends are one.
+
+    No number changes: `.5`, `5!`, `2²` and `½` stay. A text of nothing but such signs stays, too.
+    """
+    runs = itertools.groupby(text, _is_raised)
+    text = "".join("".join(run) if kept else unicodedata.normalize("NFKC", "".join(run)) for kept, run in runs)
+    text = " ".join(text.casefold().split())
+    core = text.strip(ENDS)
+    start = text.find(core)
+    before, after = text[:start], text[start + len(core) :]
+    if re.search(r"(?<![.,])[.,]$", before) and core[:1].isdigit():
+        core = before[-1] + core
+    if re.search(r"\d\)*$", core):
+        core += after[: len(after) - len(after.lstrip("!"))]
+    return core or text
+
+
+def _is_raised(letter: str) -> bool:
+    """A superscript, subscript or fraction, which NFKC would write as digits beside those before it."""
+    return unicodedata.decomposition(letter).startswith(("<super>", "<sub>", "<fraction>"))
+
+
+def _written(answer: Any) -> list[str]:
+    """An answer as text. A column of floats holds 5 as 5.0: both are it."""
+    whole = isinstance(answer, float) and answer.is_integer()
+    return [str(answer), str(int(answer))] if whole else [str(answer)]
 
 
 def exact_answer(
@@ -258,7 +283,8 @@ def exact_answer(
         return found[-1][1 if finder.groups else 0] if found else None
 
     def score(text: str, answer: Any) -> float | None:
-        wanted = [str(a) for a in (answer if isinstance(answer, list | tuple) else [answer]) if a not in (None, "")]
+        answers = [a for a in (answer if isinstance(answer, list | tuple) else [answer]) if a not in (None, "")]
+        wanted = [written for a in answers for written in _written(a)]
         if not wanted:
             return None
         try:
@@ -277,9 +303,11 @@ def exact_answer(
 def maths_answer(column: str = "answer", *, seconds: int = 5, name: str = "maths_answer") -> Rule:
     r"""1 where the completion's last expression equals the row's answer as mathematics (math-verify), else 0.
 
-    `0.5`, `1/2` and `\boxed{\frac{1}{2}}` are equal. None where the row's answer is missing or cannot be read; a
-    completion in which nothing can be read, or whose comparison takes longer than `seconds`, is wrong. The work is
-    done in a process of its own: `\boxed{10^{10^{10^{10}}}}` would otherwise stop the run for ever. Extra: `math`.
+    `0.5`, `1/2` and `\boxed{\frac{1}{2}}` are equal. A row's answer may be bare (`2\sqrt{3}`, `(3, 5)`); what a
+    completion says beyond plain numbers and fractions must stand between dollars or in a box. None where the row's
+    answer is missing or cannot be read; a completion in which nothing can be read, or whose comparison takes longer
+    than `seconds`, is wrong. The work is done in a process of its own: `\boxed{10^{10^{10^{10}}}}` would otherwise
+    stop the run for ever. Extra: `math`.
     """
     require(isinstance(seconds, int) and seconds >= 1, f"seconds={seconds!r} must be a whole number, at least 1")
     require(
@@ -291,7 +319,7 @@ def maths_answer(column: str = "answer", *, seconds: int = 5, name: str = "maths
     def rule(completions: list[Text], **columns: Any) -> list[float | None]:
         answers = column_of(column, columns, name)
         pairs = zip(completions, answers, strict=True)
-        return [None if a in (None, "") else compare(str(a), text_of(c)) for c, a in pairs]
+        return [None if a in (None, "") else compare(gold_text(str(a)), text_of(c)) for c, a in pairs]
 
     return named(rule, name)
 

@@ -48,10 +48,28 @@ class Sandbox(Protocol):
         """
 
 
+FENCE = re.compile(r"[ \t]*(`{3,})([^`]*)")  # and whatever the info string says: ```python title="a.py"
+
+
 def code_in(text: str) -> str:
-    """The program in a completion: the last ``` block, or all of it where there is none."""
-    blocks = re.findall(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
-    return blocks[-1] if blocks else text
+    """The program in a completion: the last ``` block, or all of it where there is none.
+
+    A block that the end of the text cuts is one; a fence with nothing behind it is none.
+    """
+    blocks: list[list[str]] = []
+    ticks = 0  # of the fence of the open block; 0: none is open
+    for line in text.replace("\r\n", "\n").splitlines(keepends=True):
+        fence = FENCE.fullmatch(line)
+        if fence is not None and not ticks:
+            blocks.append([])
+            ticks = len(fence[1])
+        elif fence is not None and len(fence[1]) >= ticks and not fence[2].strip():
+            ticks = 0
+        elif ticks:
+            blocks[-1].append(line)
+    if ticks and not "".join(blocks[-1]).strip():
+        blocks.pop()
+    return "".join(blocks[-1]) if blocks else text
 
 
 def code_tests(

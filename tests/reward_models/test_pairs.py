@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from pairs import hold_out, load_pairs, read_pairs
+from pairs import hold_out, load_pairs, read_pairs, shared_prompt
 
 from hfpg.config import ConfigError
 from tests.reward_models.world import write
@@ -45,6 +45,18 @@ def test_ties_are_equal_texts_equal_scores_or_told():
     assert pairs.without_ties().chosen == ["d"]
 
 
+def test_scores_that_are_missing_make_no_tie():
+    assert read_pairs(TWO | {"score_chosen": [None, 2], "score_rejected": [None, 2]}).ties == [False, True]
+    assert read_pairs(TWO | {"score_chosen": [1.0, 0.0]}).ties == [False, False]
+    assert read_pairs(TWO | {"score_rejected": [1.0, 0.0]}).ties == [False, False]
+
+
+@pytest.mark.parametrize("no", [False, "False", "no", 0, 0.0, "", None])
+@pytest.mark.parametrize("yes", [True, "true", "Yes", 1, 1.0])
+def test_a_tie_is_told_in_any_usual_way(no, yes):
+    assert read_pairs(TWO | {"tie": [no, yes]}).ties == [False, True]
+
+
 def test_margins_are_read_where_they_are():
     table = {"chosen": ["a", "b"], "rejected": ["c", "d"], "margin": [0.5, 2], "gap": [1, 1]}
     assert read_pairs(table).margins == [0.5, 2.0]
@@ -67,6 +79,14 @@ TWO = {"chosen": ["a", "b"], "rejected": ["c", "d"]}
         (TWO | {"margin": [0.5, math.nan]}, r"1 margins are negative or no number \(rows \[1\]: \[nan\]\)"),
         (TWO | {"margin": [None, -1]}, r"2 margins are negative or no number \(rows \[0, 1\]"),
         (TWO | {"chosen": [[GOOD], "b"]}, "row 0 has a conversation beside a text"),
+        (
+            TWO | {"tie": [True, "perhaps"]},
+            r"1 values of 'tie' are neither true nor false \(rows \[1\]: \['perhaps'\]\)",
+        ),
+        (
+            {"prompt": ["Hi"], "chosen": [[{"role": "user"}, GOOD]], "rejected": [[USER, BAD]]},
+            "'chosen' of row 0 .* has the message .* without content; a message is such as",
+        ),
         ({"chosen": [[GOOD], "b"], "rejected": [[BAD], "d"]}, "some pairs .* are conversations and the others text"),
         ({"prompt": ["Ho"], "chosen": [[USER, GOOD]], "rejected": [[USER, BAD]]}, "do not begin with it"),
     ],
@@ -112,6 +132,36 @@ def test_pairs_of_one_prompt_stay_together():
     own, held, dropped = hold_out(read_pairs(table), 7, seed=0)
     assert (len(own), len(held), dropped) == (40, 10, 0)
     assert not set(own.prompts) & set(held.prompts)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_prompt_with_most_of_the_pairs_is_learnt(seed):
+    prompts = ["big"] * 40 + [f"p{i}" for i in range(10)]
+    table = {"prompt": prompts, "chosen": [f"c{i}" for i in range(50)], "rejected": [f"r{i}" for i in range(50)]}
+    own, held, _ = hold_out(read_pairs(table), 1000, seed)
+    assert (len(own), len(held)) == (40, 10)
+    with pytest.raises(ConfigError, match="at most a fifth of 50 pairs, 10, .* every prompt has 25 or more.*name an"):
+        hold_out(read_pairs(table | {"prompt": ["a"] * 25 + ["b"] * 25}), 1, seed)
+
+
+def test_a_prompt_that_stands_in_the_conversations_is_on_one_side_only():
+    def talk(question: int, answer: str) -> list[dict[str, str]]:
+        system = {"role": "system", "content": "Be kind."}
+        return [system, {"role": "user", "content": f"q{question}"}, {"role": "assistant", "content": answer}]
+
+    chosen, rejected = ([talk(i // 4, f"{side}{i}") for i in range(80)] for side in "cr")
+    own, held, dropped = hold_out(read_pairs({"chosen": chosen, "rejected": rejected}), 16, seed=0)
+    assert (len(own), len(held), dropped) == (64, 16, 0)
+    asked = [{talk[1]["content"] for talk in half.chosen} for half in (own, held)]
+    assert not asked[0] & asked[1] and len(asked[1]) == 4
+
+
+def test_what_two_conversations_share_is_their_prompt():
+    assert shared_prompt([USER, GOOD], [USER, BAD]) == [USER]
+    assert shared_prompt([USER, GOOD, USER, GOOD], [USER, GOOD, USER, BAD]) == [USER, GOOD, USER]
+    assert shared_prompt([USER, GOOD, GOOD], [USER, GOOD, BAD]) == [USER]
+    assert shared_prompt([GOOD], [BAD]) == shared_prompt("a", "ab") == []
+    assert shared_prompt([{"role": "system", "content": "s"}, USER], [{"role": "system", "content": "s"}, BAD]) == []
 
 
 def test_no_held_out_text_is_learnt():

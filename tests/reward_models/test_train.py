@@ -19,6 +19,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     TrainingArguments,
 )
 
@@ -134,6 +136,19 @@ def test_truncation_keeps_the_end(base):
     row = dict(chosen=LONG, rejected=LONG, margin=0.0, tie=False)
     ids = train.Collator(tokenizer, True)([row])["input_ids"][0]
     assert tokenizer.decode(ids).split() == LONG.split()[-4:]
+
+
+def test_a_backbone_whose_positions_begin_later_takes_fewer_tokens(tmp_path):
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1)
+    config = RobertaConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=26, **size)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "lm")
+    tiny.tokenizer(pad_token=tiny.WORDS[1], model_max_length=512).save_pretrained(tmp_path / "lm")
+    model, tokenizer = train.load_backbone(script(str(tmp_path / "lm")))
+    assert tokenizer.model_max_length == 24  # positions 2 to 25
+    text = " ".join(tiny.WORDS[20:60])
+    rows = train.Collator(tokenizer, True)([dict(chosen=text, rejected=text, margin=0.0, tie=False)])
+    assert rows["input_ids"].shape[1] == 24
+    assert model(rows["input_ids"], rows["attention_mask"]).logits.isfinite().all()
 
 
 # --- head, dropout, loss ---
@@ -287,6 +302,40 @@ def test_a_judge_that_is_trained_on_forgets_its_scale(base, tmp_path, rows):
 def test_data_and_citation_stand_on_the_card_where_they_are_told(base, tmp_path, rows):
     run(tmp_path, base, rows, "--max_steps", "1")
     assert "## Data" not in (tmp_path / "judge" / "README.md").read_text(encoding="utf-8")
+
+
+# --- going on from a checkpoint ---
+
+
+@pytest.mark.parametrize("flags", ["", "--lora_r 4"])
+def test_a_resumed_run_ends_where_the_unbroken_one_does(base, tmp_path, rows, flags, monkeypatch):
+    steps: list[int] = []
+    step = train.RewardTrainer.training_step
+    monkeypatch.setattr(train.RewardTrainer, "training_step", lambda *a, **k: steps.append(1) or step(*a, **k))
+    every = f"--max_steps 4 --per_device_train_batch_size 8 --save_strategy steps --save_steps 2 {flags}".split()
+    run(tmp_path, base, rows, *every)
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").state_dict()
+    first = tmp_path / "judge" / "checkpoint-2"
+    facts = run(tmp_path, base, rows, *every, "--resume_from_checkpoint", str(first))
+    assert facts["steps"] == 4 and len(steps) == 4 + 2
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").state_dict()
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+
+
+def test_true_resumes_the_newest_checkpoint(base, tmp_path, rows):
+    run(tmp_path, base, rows, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    args = TrainingArguments(str(tmp_path / "judge"), resume_from_checkpoint="True")
+    assert train.checkpoint_of(args) == str(tmp_path / "judge" / "checkpoint-2")
+    args.resume_from_checkpoint = "False"
+    assert train.checkpoint_of(args) is None
+
+
+@pytest.mark.parametrize("given", ["True", "nowhere"])
+def test_a_path_that_is_no_checkpoint_is_refused(base, tmp_path, rows, given):
+    with pytest.raises(
+        ConfigError, match=f"resume_from_checkpoint='{given}' is no checkpoint .*no trainer_state.json"
+    ):
+        run(tmp_path, base, rows, "--resume_from_checkpoint", given)
 
 
 # --- bad settings ---

@@ -3,7 +3,10 @@
 import asyncio
 import functools
 import math
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from transformers import TrainerState
 
 from hfpg.config import ConfigError
 from hfpg.rewards import Judge, RewardError
-from hfpg.rewards.judge import DryCall, Heard, Log, alike, beside, merge_rounds, merge_said
+from hfpg.rewards.judge import DryCall, Heard, Log, _Beside, alike, beside, merge_rounds, merge_said
 from hfpg.types import Scores
 
 
@@ -176,6 +179,66 @@ def test_async_objects_and_partials():
 
     for function in (Asker(), Asker().ask, functools.partial(scaled, by=1)):
         assert judge(function).scores.tolist() == [1, 2, 3]
+
+
+class Patient:
+    """An async judge that waits for a minute, and says when it was begun and that it was cancelled."""
+
+    def __init__(self) -> None:
+        self.begun, self.cancelled = threading.Event(), False
+
+    async def __call__(self, completions, **kwargs):
+        self.begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_interrupt_does_not_wait_for_an_async_judge(beside):
+    patient = Patient()
+
+    def interrupted(completions):
+        assert patient.begun.wait(10)
+        raise KeyboardInterrupt
+
+    def interrupt():
+        assert patient.begun.wait(10)
+        time.sleep(0.1)  # the judge waits for its result by then
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        if beside:
+            judge([patient, interrupted])
+        else:
+            sender.start()
+            judge(patient)
+    assert time.monotonic() - begin < 20 and patient.cancelled
+
+
+def test_an_interrupt_does_not_wait_for_one_that_cannot_be_cancelled(monkeypatch):
+    begun, end = threading.Event(), threading.Event()
+
+    async def stuck(completions):
+        begun.set()
+        end.wait(60)
+        return [0.0] * 3
+
+    def interrupted(completions):
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Beside, "GRACE", 0.1)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        judge([stuck, interrupted])
+    assert time.monotonic() - begin < 20
+    end.set()
 
 
 def test_an_exception_in_an_async_function_is_named():
@@ -524,6 +587,26 @@ def test_a_good_function_passes_the_dry_call_and_its_words_are_forgotten():
         return [None] * len(completions)
 
     assert dry([length, logs]) == DryCall(logged=["y"], unsteady=[])
+
+
+def test_a_logged_number_that_is_not_finite_is_left_out_and_said_once(caplog):
+    values = iter([math.nan, 2.0, math.nan, math.inf])
+
+    def logs(completions, log_metric):
+        log_metric("lonely", next(values))
+        return [0.0] * 3
+
+    logs_of = [Log() for _ in range(4)]
+    for log in logs_of:
+        judge(logs, log)
+    assert [log.metrics for log in logs_of] == [{"lonely": v} for v in ([], [2.0], [], [])]
+    heard = [Heard(3, {}, {}, log.metrics, []) for log in logs_of]
+    assert merge_said(heard)["metrics"] == {"lonely": 2.0} and merge_said(heard[:1])["metrics"] == {}
+    assert merge_rounds([merge_said(heard[:1]), merge_said(heard[1:])])["metrics"] == {"lonely": 2.0}
+    told = [
+        f"log_metric('lonely') got {v}, which is no finite number; such values are left out" for v in ("nan", "inf")
+    ]
+    assert [record.getMessage()[: len(t)] for record, t in zip(caplog.records, told, strict=True)] == told
 
 
 def test_the_dry_call_finds_hidden_randomness():

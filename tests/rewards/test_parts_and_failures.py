@@ -4,6 +4,7 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,14 @@ def test_a_list_per_completion_is_one_score_per_token():
     assert found.scores.tolist() == [6.0, 4.0, 0.0] and found.weights.tolist() == [1.0, 1.0, 0.0]
     assert found.token_scores.tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0]]
     assert found.by_function == {"<lambda>": [6.0, 4.0, None]}
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32, np.array])
+def test_the_scores_of_tokens_may_be_numbers_of_torch_and_numpy(kind):
+    found = judged(lambda completions: [[kind(1.0), 2, kind(3.0)], [kind(4.0)], None])
+    assert found.token_scores.tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0]]
+    with pytest.raises(RewardError, match="returned a list with nan for sample 1"):
+        judged(lambda completions: [[1, 2, 3], [kind(float("nan"))], None])
 
 
 def test_functions_of_both_kinds_add_up():

@@ -4,12 +4,13 @@ import dataclasses
 import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hfpg import ConfigError
 from hfpg.algorithms import RLOO
-from hfpg.rewards.reasoning import reasoning_task
+from hfpg.rewards.reasoning import from_json, reasoning_task, to_json
 from tests import build
 
 
@@ -52,6 +53,79 @@ def test_the_right_answer_scores_one_behind_the_marker_or_alone():
     talk = [[{"role": "assistant", "content": f"#### {a}"}] for a in right]
     assert reward(completions=talk, entry=entries) == [1.0] * 4
     assert reward(completions=["1"], entry=['{"question": "?"}']) == [None]
+
+
+ROW = {"question": "?", "answer": "1 2", "metadata": {"grid": ((1, 2), [3]), "by": {1: "a", (2, 3): (4,)}, "n": None}}
+
+
+def test_a_row_comes_back_from_json_as_it_was():
+    assert from_json(to_json(ROW)) == ROW
+    assert from_json(to_json({"plain": [1, {"a": "b"}]})) == {"plain": [1, {"a": "b"}]}
+
+
+@dataclasses.dataclass
+class Typed:
+    """A task that compares by types, as arc_agi does, and fails on junk, as prime_factorization does."""
+
+    size: int = 2
+    seed: int = 0
+    held: Any = ((1, 2), (3, 4))
+    answer: str = "1 2"
+
+    def __iter__(self):
+        return iter([{"question": "?", "answer": self.answer, "metadata": {"held": self.held}}] * self.size)
+
+    def score_answer(self, answer, entry):
+        """1 for the first of what is held, with its type."""
+        told = [int(word) for word in answer.split()]
+        return float(tuple(told) == entry["metadata"]["held"][0])
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """reasoning-gym with the task `typed` alone."""
+    fake = ModuleType("reasoning_gym")
+    fake.factory = SimpleNamespace(DATASETS={"typed": Typed})
+    fake.create_dataset = lambda name, **config: Typed(**config)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", fake)
+
+
+def test_a_verifier_sees_the_types_of_the_row(typed):
+    rows, reward = reasoning_task("typed", size=2)
+    assert reward(completions=["#### 1 2", "2 1"], entry=[row["entry"] for row in rows]) == [1, 0]
+
+
+def test_a_text_that_a_verifier_fails_on_is_wrong(typed):
+    rows, reward = reasoning_task("typed", size=2)
+    assert reward(completions=["no idea", ""], entry=[row["entry"] for row in rows]) == [0, 0]
+
+
+class Foreign:
+    """A type that JSON does not have, as text something else."""
+
+    def __getitem__(self, place):
+        return (1, 2)
+
+    def __str__(self):
+        return "x"
+
+
+@pytest.mark.parametrize("options", [{"held": Foreign()}, {"marker": " ", "answer": "1 2"}])
+def test_a_task_whose_own_answer_would_not_score_is_refused(typed, options):
+    with pytest.raises(
+        ConfigError, match=r"'typed' scores its own answer '1 2' 1, but 0.0 when it is read from a text"
+    ):
+        reasoning_task("typed", **options)
+
+
+@pytest.mark.parametrize("name", ["arc_agi", "rearc", "ab", "prime_factorization", "graph_color"])
+def test_tasks_of_the_package_score_their_own_answers(name):
+    pytest.importorskip("reasoning_gym.factory", reason="hfpg[reasoning]")
+    rows, reward = reasoning_task(name, size=4)
+    entries = [row["entry"] for row in rows]
+    if name != "graph_color":  # any colouring that fits
+        assert reward(completions=[row["answer"] for row in rows], entry=entries) == [1.0] * 4
+    assert all(score < 1 for score in reward(completions=["no idea"] * 4, entry=entries))
 
 
 def test_it_trains_in_one_line(tmp_path):

@@ -331,6 +331,15 @@ def test_a_batch_that_is_no_json_is_refused(server: Server):
 # ── secrets and addresses
 
 
+@pytest.mark.parametrize("query", ["?key=s3cret", "?a=b%20c&key=s3cret&x=ä", "?key=s3cret#here"])
+def test_an_addresss_query_is_in_no_log(server: Server, caplog: pytest.LogCaptureFixture, query: str):
+    caplog.set_level(logging.DEBUG)
+    judge = RemoteJudge(server.url + query)
+    assert asyncio.run(judge(PROMPTS, COMPLETIONS)) == [0.5, 1.0, None, 2.0, 2.5]
+    assert f"HTTP Request: POST {judge.shown} " in caplog.text
+    assert "s3cret" not in caplog.text
+
+
 def test_the_token_goes_into_a_header_and_nowhere_else(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -106,6 +106,50 @@ def test_json_fits_a_schema():
     assert scores(json_valid(schema), ['{"age": 3}', '{"age": "3"}', "[]", "no"]) == [1, 0, 0, 0]
 
 
+def test_a_number_that_cannot_be_divided_is_no_multiple():
+    pytest.importorskip("jsonschema", reason="hfpg[json]")
+    rule = json_valid({"type": "number", "multipleOf": 0.5})
+    assert scores(rule, ["1.5", "1.2", "1e999", "1" + "0" * 400]) == [1, 0, 0, 0]
+
+
+SLOW = "^(a|a)+$"
+HARD = "a" * 40 + "d"
+
+
+@pytest.mark.parametrize(
+    ("schema", "fitting", "other", "slow"),
+    [
+        ({"pattern": SLOW}, '"aa"', '"b"', f'"{HARD}"'),
+        ({"patternProperties": {SLOW: {"type": "integer"}}}, '{"a": 1, "b": ""}', '{"a": ""}', f'{{"{HARD}": 1}}'),
+        (
+            {"properties": {"b": {}}, "patternProperties": {SLOW: {}}, "additionalProperties": False},
+            *('{"a": 1, "b": 2}', '{"c": 1}', f'{{"{HARD}": 1}}'),
+        ),
+        ({"additionalProperties": {"pattern": SLOW}}, '{"c": "a"}', '{"c": "b"}', f'{{"c": "{HARD}"}}'),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"pattern": SLOW}}}, '"aa"', '"b"', f'"{HARD}"'),
+        ({"propertyNames": {"pattern": SLOW}}, '{"a": 1}', '{"b": 1}', f'{{"{HARD}": 1}}'),
+    ],
+)
+def test_a_schemas_pattern_that_takes_for_ever_abstains(schema: dict, fitting: str, other: str, slow: str):
+    pytest.importorskip("jsonschema", reason="hfpg[json]")
+    begin = time.monotonic()
+    assert scores(json_valid(schema, seconds=0.05), [fitting, other, slow]) == [1, 0, None]
+    assert time.monotonic() - begin < 10
+
+
+def test_a_schema_may_refer_to_its_own_parts_and_to_what_it_names_so():
+    pytest.importorskip("jsonschema", reason="hfpg[json]")
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}, "$ref": {"type": "integer"}}}
+    assert scores(json_valid(tree), ['{"next": {"next": {}}, "$ref": 1}', '{"next": 1}']) == [1, 0]
+    named = {"$id": "https://a.org/s", "$defs": {"x": {"$anchor": "x", "type": "null"}}, "items": {"$ref": "s#x"}}
+    assert scores(json_valid(named), ["[null]", "[1]"]) == [1, 0]
+    assert scores(json_valid({"const": {"$ref": "gone"}}), ['{"$ref": "gone"}', "1"]) == [1, 0]
+    old = {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"a": {"type": "null"}}}
+    assert scores(json_valid(old | {"items": {"$ref": "#/definitions/a"}}), ["[null]", "[1]"]) == [1, 0]
+    assert scores(json_valid({"$ref": "https://json-schema.org/draft/2020-12/schema"}), ["{}", "[]"]) == [1, 0]
+    assert scores(json_valid(True), ["1"]) == [1]  # type: ignore[arg-type]
+
+
 def test_thinking_stands_first_and_once():
     texts = [
         "<think>\na\n</think>\nb",
@@ -120,12 +164,36 @@ def test_thinking_stands_first_and_once():
 # ── answers
 
 
+MATHS = maths_answer() if importlib.util.find_spec("math_verify") else None  # one process for many questions
+
+
 def test_the_answer_is_compared_in_plain_form():
     texts = ["Paris.", " \n**paris** ", "Paris, France", "", "Rome"]
     gold = ["Paris", "Paris", "Paris", "Paris", ["Roma", "Rome"]]
     assert scores(exact_answer(), texts, answer=gold) == [1, 1, 0, 0, 1]
     assert scores(exact_answer("n", normalise=None), ["8", "8.", "8"], n=[8, 8, 9]) == [1, 0, 0]
     assert scores(exact_answer(), ["０"], answer=[0]) == [1]  # a full-width nought
+
+
+@pytest.mark.parametrize(
+    ("said", "gold"),
+    [(".5", "5"), ("5!", "5"), ("2²", "22"), ("", "."), ("2½", "21/2"), ("H₂", "H2"), (",5", "5"), ("?", "!")],
+)
+def test_the_plain_form_changes_no_number(said: str, gold: str):
+    assert scores(exact_answer(), [said, gold], answer=[gold, gold]) == [0, 1]
+    assert scores(exact_answer(), [said or "-", gold], answer=[said or "-", said or "-"]) == [1, 0]
+
+
+def test_signs_at_the_ends_are_no_part_of_an_answer():
+    texts = ['"5"', "5.", "**5**", "5?", "...5", "5…", "**.5**", "5!.", "Paris!", "`n!`"]
+    gold = ["5", "5", "5", "5", "5", "5", ".5", "5!", "paris", "n"]
+    assert scores(exact_answer(), texts, answer=gold) == [1] * 10
+
+
+def test_a_whole_number_in_a_column_of_floats_is_written_either_way():
+    texts, gold = ["5", "5.0", "5.5", "5", "05", "5"], [5.0, 5.0, 5.5, 5.5, 5.0, float("inf")]
+    assert scores(exact_answer(), texts, answer=gold) == [1, 1, 1, 0, 0, 0]
+    assert scores(exact_answer(normalise=None), ["5", "4"], answer=[[4.0, 5.0], 5.0]) == [1, 0]
 
 
 def test_the_answer_stands_where_the_pattern_says():
@@ -154,6 +222,47 @@ def test_mathematics_is_compared_as_mathematics():
     rule = maths_answer()
     assert scores(rule, texts, answer=gold) == [1, 1, 0, 1, 0, 0, None]
     assert scores(rule, ["5", "5"], answer=[5, None]) == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"3\pi", r"\boxed{3\pi}", "3"),
+        (r"2\sqrt{3}", r"$2\sqrt{3}$", "2"),
+        ("2x+3", r"\boxed{3 + 2x}", "2"),
+        ("10^{5}", "100,000", "10"),
+        ("(3, 5)", "so it is $(3,5)$", "5"),
+        ("[1, 2)", "$[1,2)$", "$(1,2)$"),
+        ("1,2,3", r"\boxed{3, 2, 1}", "1.2"),
+        ("x^2", "$x^2$", "2"),
+        (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}", r"\boxed{\text{Ann}}"),
+        ("A", r"\boxed{A}", r"\boxed{B}"),
+        ("x=3 or x=5", r"\boxed{x=3 \text{ or } x=5}", "5"),
+        ("5!", "120", "5"),
+        ("3 1/2", "3.5", "1"),
+        ("1e-05", "0.00001", "1"),
+        ("−3", "-3", "3"),
+        ("2pi", r"\boxed{2\pi}", "2"),
+        ("$2$", "2", "3"),
+        (r"\boxed{3\pi}", r"$3\pi$", "3"),
+        ("She has 2 left.\n#### 3\\pi", r"$3\pi$", "3"),
+        ("She has 16 - 3 = <<16-3=13>>13 eggs.\n#### 13", "13", "16"),
+        *((plain, "72", "71") for plain in ("72", "72.", "#### 72", "The answer is 72", "72 apples", "$72", "72 kg")),
+        *((plain, "1234", "1") for plain in ("1,234", "1 234", "1,234.0")),
+        ("72%", "72%", "71%"),
+        (".5", "0.5", "5"),
+        ("-7", "-7", "7"),
+    ],
+)
+def test_a_gold_answer_is_read_whole(gold: str, right: str, wrong: str):
+    pytest.importorskip("math_verify", reason="hfpg[math]")
+    assert scores(MATHS, [right, wrong], answer=[gold, gold]) == [1, 0]
+
+
+def test_a_gold_answer_that_would_be_misread_is_not_judged():
+    pytest.importorskip("math_verify", reason="hfpg[math]")
+    golds = ["2√3", "2²", "½", "no number here", "Yes", "sin(x)"]
+    assert scores(MATHS, ["2"] * 6, answer=golds) == [None] * 6
 
 
 def test_mathematics_ends_in_any_thread():
@@ -247,6 +356,14 @@ def test_readability_fetches_no_dictionary(monkeypatch: pytest.MonkeyPatch):
         (lambda: contains([]), r"contains\(\[\]\): give at least one word"),
         (lambda: contains("a", "some"), "how='some'; use 'any' or 'all'"),
         (lambda: json_valid({"type": "thing"}), "this is no JSON schema: 'thing' is not valid"),
+        (lambda: json_valid({"$ref": "#/$defs/x"}), r"the schema's \$ref '#/\$defs/x' leads nowhere in it"),
+        (lambda: json_valid({"items": {"$ref": "https://a.org/b"}}), r"\$ref 'https://a.org/b' leads nowhere"),
+        (lambda: json_valid({"$ref": "#/a/b", "a": {"b": {"$ref": "#c"}}}), r"\$ref '#c' leads nowhere"),
+        (lambda: json_valid({"patternProperties": {"(": {}}}), r"'\(' is "),
+        (
+            lambda: json_valid({"allOf": [{"patternProperties": {"a": {}}}], "unevaluatedProperties": False}),
+            "would search without a time limit; use additionalProperties",
+        ),
         (lambda: maths_answer(seconds=0), "seconds=0 must be a whole number, at least 1"),
         (lambda: readability("ease"), "no formula 'ease'; it has automated_readability_index, "),
     ],

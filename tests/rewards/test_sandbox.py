@@ -112,7 +112,21 @@ def test_what_is_no_test_is_named():
 def test_the_program_is_the_last_block_or_all():
     assert code_in("print(1)") == "print(1)"
     assert code_in("a\n```\none\n```\nb\n  ```python3 \ntwo\n```\n") == "two\n"
-    assert code_in("```python\nnever closed") == "```python\nnever closed"
+    assert code_in("inline ```x``` is none") == "inline ```x``` is none"
+
+
+def test_fences_are_found_however_they_are_written():
+    assert code_in("Here:\r\n```python\r\none\r\ntwo\r\n```\r\nDone.") == "one\ntwo\n"
+    assert code_in('```python title="a.py"\none\n```\n') == "one\n"
+    assert code_in("```{.python .numberLines}\none\n``` \n") == "one\n"
+    assert code_in("````md\n```\none\n```\n````") == "```\none\n```\n"
+
+
+def test_a_block_that_the_end_of_the_text_cuts_is_the_last_one():
+    assert code_in("```python\none\n```\nor\n```python\ntwo") == "two"
+    assert code_in("```python\nnever closed") == "never closed"
+    assert code_in("```\none\n```\n```\n") == code_in("```\none\n```\n```") == "one\n"
+    assert code_in("```") == "```"
 
 
 def test_its_name_is_its_own():
