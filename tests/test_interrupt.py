@@ -87,7 +87,8 @@ def test_a_signal_inside_a_report_leaves_its_line(tmp_path, monkeypatch):
     def stop(run):
         monkeypatch.setattr(run.recorder, "metrics", nth(run.recorder.metrics, 4, kill))
 
-    whole_and_resumed(tmp_path, stop)
+    run = whole_and_resumed(tmp_path, stop)
+    assert run.state.global_step == 3
 
 
 def test_a_second_signal_ends_an_update_at_once(tmp_path, monkeypatch):
