@@ -118,14 +118,15 @@ def test_a_task_whose_own_answer_would_not_score_is_refused(typed, options):
         reasoning_task("typed", **options)
 
 
-@pytest.mark.parametrize("name", ["arc_agi", "rearc", "ab", "prime_factorization", "graph_color"])
-def test_tasks_of_the_package_score_their_own_answers(name):
-    pytest.importorskip("reasoning_gym.factory", reason="hfpg[reasoning]")
-    rows, reward = reasoning_task(name, size=4)
-    entries = [row["entry"] for row in rows]
-    if name != "graph_color":  # any colouring that fits
-        assert reward(completions=[row["answer"] for row in rows], entry=entries) == [1.0] * 4
-    assert all(score < 1 for score in reward(completions=["no idea"] * 4, entry=entries))
+if importlib.util.find_spec("reasoning_gym"):  # some of its dependencies need a compiler, so CI has the stand-in
+
+    @pytest.mark.parametrize("name", ["arc_agi", "rearc", "ab", "prime_factorization", "graph_color"])
+    def test_tasks_of_the_package_score_their_own_answers(name):
+        rows, reward = reasoning_task(name, size=4)
+        entries = [row["entry"] for row in rows]
+        if name != "graph_color":  # any colouring that fits
+            assert reward(completions=[row["answer"] for row in rows], entry=entries) == [1.0] * 4
+        assert all(score < 1 for score in reward(completions=["no idea"] * 4, entry=entries))
 
 
 def test_it_trains_in_one_line(tmp_path):
