@@ -115,8 +115,9 @@ def _title(facts: CardFacts) -> str:
     what = f"{kind} of {text(facts.base_model)}" if _is_repo_id(facts.base_model) else "a causal language model"
     data = f" on the prompts of {text(facts.dataset)}" if facts.dataset else ""
     rewards = f", rewarded by {', '.join(text(name) for name in facts.rewards)}" if facts.rewards else ""
+    title = text(facts.model_name.removeprefix("./"))
     return (
-        f"# {text(facts.model_name)}\n\nThis is {what}, trained for {facts.steps} steps with {text(facts.algorithm)}"
+        f"# {title}\n\nThis is {what}, trained for {facts.steps} steps with {text(facts.algorithm)}"
         f"{data}{rewards}. It was made with hfpg, policy-gradient fine-tuning for Transformers."
     )
 
