@@ -228,15 +228,15 @@ def test_patience_is_counted_on(tmp_path):
 
 
 def test_the_card_of_a_resumed_run_tells_of_the_whole(tmp_path, capsys):
-    settings = dict(eval_dataset=HELD, eval_on_start=True)
+    settings = dict(eval_dataset=HELD, eval_on_start=True, eval_steps=1)
     first = build.trainer(tmp_path, max_steps=2, **settings)
     first.train()
     again = build.trainer(tmp_path, max_steps=4, **settings)
     again.train(resume_from_checkpoint=True)
     again.evaluate()
     assert again.run.seconds > first.run.seconds
-    assert [e["step"] for e in again.evaluations] == [0, 4] and again.evaluations[0] == first.evaluations[0]
-    before, after = (e["metrics"]["eval_length"] for e in again.evaluations)
+    assert [e["step"] for e in again.evaluations] == [0, 3, 4, 4] and again.evaluations[0] == first.evaluations[0]
+    before, after = (again.evaluations[i]["metrics"]["eval_length"] for i in (0, -1))
     assert f"| eval_length | {before:.4g} | {after:.4g} |" in again.model_card()
     again.summary(tmp_path / "final")
     assert "after 4 steps" in capsys.readouterr().out

@@ -75,6 +75,14 @@ def test_a_signal_inside_an_evaluation_leaves_it_to_be_done(tmp_path, monkeypatc
     assert run.state.global_step == 4
 
 
+def test_an_evaluation_that_was_recorded_but_not_done_is_recorded_once(tmp_path, monkeypatch):
+    def stop(run):
+        monkeypatch.setattr(run.events, "evaluated", nth(run.events.evaluated, 2, kill))
+
+    run = whole_and_resumed(tmp_path, stop)
+    assert run.state.global_step == 4
+
+
 def test_a_signal_before_an_evaluation_that_is_due_leaves_it_to_be_done(tmp_path, monkeypatch):
     def stop(run):
         monkeypatch.setattr(run.learner, "step", nth(run.learner.step, 8, kill))
