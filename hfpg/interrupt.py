@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import _thread
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
 GRACE = 15.0  # seconds that a signal waits: half of what most schedulers give a process before they kill it
 ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def tell(text: bytes) -> None:
+    """Say something on stderr without Python's buffers: the code that a signal interrupts may be printing."""
+    with suppress(OSError):
+        os.write(2, text)
+
+
+def speak_to_nobody_where_nobody_listens() -> None:
+    """Point stdout and stderr to the null device where the terminal or the other end of the pipe is gone.
+
+    Every print would be an error from then on, also those before the save.
+    """
+    if not hasattr(select, "poll"):  # Windows
+        return
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
+            nobody = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nobody, descriptor)
+            os.close(nobody)
 
 
 class Interrupt:
@@ -43,6 +66,7 @@ class Interrupt:
             yield
         except BaseException:
             self._saving = True
+            speak_to_nobody_where_nobody_listens()
             try:
                 save()
             except Exception as error:
@@ -70,12 +94,13 @@ class Interrupt:
             self._end(self._waiting)
 
     def _hear(self, number: int, frame: Any) -> None:
-        """The handler of every signal. It writes to the file itself: what it interrupts may be printing."""
+        """The handler of every signal."""
+        speak_to_nobody_where_nobody_listens()
         if self._saving or time.monotonic() - self._raised < 1:
-            os.write(2, b"\nwhat was trained is being saved; please wait\n")
+            tell(b"\nwhat was trained is being saved; please wait\n")
         elif self._holding and self._waiting is None:
             self._waiting = number
-            os.write(2, b"\nstopping when this update is done; once more: at once, with weights but no checkpoint\n")
+            tell(b"\nstopping when this update is done; once more: at once, weights but no checkpoint\n")
             self._timer = threading.Timer(GRACE, _thread.interrupt_main, [number])
             self._timer.daemon = True
             self._timer.start()

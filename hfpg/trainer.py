@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -581,7 +582,8 @@ class PolicyGradientTrainer:
             self.terminal.say(f"pushed to {url}")
 
     def _save_before_the_end(self) -> None:
-        self.terminal.stop()
+        with suppress(OSError):  # a log on a full disk, say
+            self.terminal.stop()
         unsaved = self.state.global_step > max(self.saved_step, 0)
         if not self.accelerator.is_main_process or not (unsaved or self.updating or self.guards.broken):
             return

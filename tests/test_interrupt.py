@@ -2,7 +2,10 @@
 
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -67,36 +70,22 @@ def test_a_signal_inside_an_update_waits_for_its_end(number, tmp_path, monkeypat
     assert "stopping when this update is done" in capfd.readouterr().err
 
 
-def test_a_signal_inside_an_evaluation_leaves_it_to_be_done(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "name", "call", "step"),
+    [
+        ("learner", "step", 8, 4),  # before an evaluation that is due
+        ("trainer", "sample", 2, 4),  # inside it: only evaluations call this
+        ("events", "evaluated", 2, 4),  # when it is recorded, and not done
+        ("recorder", "metrics", 4, 3),  # inside a report
+    ],
+)
+def test_every_line_of_an_interrupted_step_is_there_once(of, name, call, step, tmp_path, monkeypatch):
     def stop(run):
-        monkeypatch.setattr(run, "sample", nth(run.sample, 2, kill))  # only evaluations call it here
+        part = run if of == "trainer" else getattr(run, of)
+        monkeypatch.setattr(part, name, nth(getattr(part, name), call, kill))
 
     run = whole_and_resumed(tmp_path, stop)
-    assert run.state.global_step == 4
-
-
-def test_an_evaluation_that_was_recorded_but_not_done_is_recorded_once(tmp_path, monkeypatch):
-    def stop(run):
-        monkeypatch.setattr(run.events, "evaluated", nth(run.events.evaluated, 2, kill))
-
-    run = whole_and_resumed(tmp_path, stop)
-    assert run.state.global_step == 4
-
-
-def test_a_signal_before_an_evaluation_that_is_due_leaves_it_to_be_done(tmp_path, monkeypatch):
-    def stop(run):
-        monkeypatch.setattr(run.learner, "step", nth(run.learner.step, 8, kill))
-
-    run = whole_and_resumed(tmp_path, stop)
-    assert run.state.global_step == 4
-
-
-def test_a_signal_inside_a_report_leaves_its_line(tmp_path, monkeypatch):
-    def stop(run):
-        monkeypatch.setattr(run.recorder, "metrics", nth(run.recorder.metrics, 4, kill))
-
-    run = whole_and_resumed(tmp_path, stop)
-    assert run.state.global_step == 3
+    assert run.state.global_step == step
 
 
 def test_a_second_signal_ends_an_update_at_once(tmp_path, monkeypatch):
@@ -160,6 +149,34 @@ def test_a_closed_terminal_saves_unless_the_process_was_told_to_ignore_it(tmp_pa
         assert run.state.global_step == 4
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_whose_reader_has_gone_is_saved(tmp_path):
+    """As `hfpg train … | head` does: the first print into the broken pipe ends the run."""
+    command = [sys.executable, "-c", RUN_OF_MANY_STEPS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        assert run.stdout is not None
+        while not (tmp_path / "metrics.jsonl").exists():
+            run.stdout.read(1)
+        run.stdout.close()
+        assert run.wait(60) != 0
+    assert len(list(tmp_path.glob("checkpoint-*/hfpg_state.json"))) == 1
+
+
+RUN_OF_MANY_STEPS = "import sys; from tests import build; build.trainer(sys.argv[1], max_steps=5000).train()"
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(tmp_path):
+    """Every write to it is an error from then on, also that of the bar which is taken down before the save."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, [sys.executable, "-c", RUN_OF_MANY_STEPS, str(tmp_path)], dict(os.environ))
+    while not (tmp_path / "metrics.jsonl").exists():
+        os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert len(list(tmp_path.glob("checkpoint-*/hfpg_state.json"))) == 1
 
 
 def test_a_slow_judge_is_not_waited_for_to_the_end(tmp_path, monkeypatch):
