@@ -12,7 +12,7 @@ SOURCES := pyproject.toml constraints.txt
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.ready
-	$(BIN)/accelerate launch recipes/ppo_gpt2.py $(ARGS)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/ppo_gpt2.py $(ARGS)
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not learning" $(ARGS)

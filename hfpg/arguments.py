@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hfpg.algorithms import PRESETS
 from hfpg.config import TrainConfig, require
+from hfpg.generation.hf import check_options
 
 
 VERBS = ("init", "rewards", "estimate", "update")
@@ -31,6 +32,7 @@ def check_arguments(
         "fields have the names of transformers.TrainingArguments",
     )
     _check_algorithm(algorithm)
+    check_options(args.generation_kwargs or {})
     require(
         callbacks is None or isinstance(callbacks, list | tuple),
         f"callbacks={callbacks!r:.60} is no list; give one, such as [EarlyStoppingCallback(3)]",

@@ -70,6 +70,7 @@ class RunState:
     sampler_length: int = 0  # tokens of the longest text in that look
     fisher_trial: int | None = None  # how TRPO's products are made; see natural.py
     first_evaluation: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None  # after the first
     evaluation_due: bool = False  # the run was stopped before this step's evaluation was done
     seconds: float = dataclasses.field(default=0.0, compare=False)  # spent in the loop
 
@@ -184,7 +185,8 @@ def put_best(whole: Path, best: Path, step: int) -> None:
 def best_fits(best: Path, step: int | None) -> bool:
     """Whether the folder of the best model holds that of `step` (None: there is none yet); if not it is set aside."""
     mark = best / BEST_FILE
-    held = int(mark.read_text()) if mark.is_file() else None
+    text = mark.read_text(errors="replace") if mark.is_file() else None
+    held = text if text is None else int(text) if text.isdecimal() else -1  # a full disk leaves an empty mark
     if held == step or (best.is_dir() and held is None):  # an older hfpg did not say
         return True
     if best.is_dir():

@@ -25,12 +25,13 @@ from rich.table import Table
 
 from hfpg import embedded
 from hfpg.algorithms import PRESETS
-from hfpg.config import TrainConfig, field, nearest, one_sentence, parse, peek, read_yaml, require
+from hfpg.config import ConfigError, TrainConfig, field, nearest, one_sentence, parse, peek, read_yaml, require
 from hfpg.data import PromptData, decode_completions, load_prompts, step_ends
+from hfpg.files import read_rows
 from hfpg.generation.hf import HFGenerator
 from hfpg.preflight import context_length, dry_call, load_tokenizer
 from hfpg.pretrained import load_config, load_policy
-from hfpg.rewards import Judge
+from hfpg.rewards import Judge, RewardError
 from hfpg.rewards.check import Findings, examine
 from hfpg.rewards.judge import import_function
 from hfpg.trainer import PolicyGradientTrainer
@@ -76,7 +77,8 @@ def named_in(argv: Sequence[str]) -> str:
     """The algorithm that flags, or else the config file, ask for: its fields are flags too."""
     given = peek(argv, "algorithm", "config")
     if given.algorithm is None and given.config is not None:
-        return str(read_yaml(given.config).get("algorithm", (Script.algorithm, 0))[0])
+        found = read_yaml(given.config).get("algorithm")
+        return Script.algorithm if found is None else str(found.value)
     return given.algorithm or Script.algorithm
 
 
@@ -95,12 +97,12 @@ def train(argv: Sequence[str]) -> None:
     name = named_in(argv)
     kind = find_algorithm(name)
     script, algorithm, args = parse(
-        (Script, kind, TrainConfig), argv, train.__doc__, elsewhere=knobs_elsewhere(name, kind)
+        (Script, kind, TrainConfig), argv, train.__doc__, elsewhere=knobs_elsewhere(name, kind), prog="hfpg train"
     )
     require(script.eval_prompts >= 1, f"eval_prompts={script.eval_prompts} must be at least 1, such as 256")
     if script.dataset is None:
         train_data: Any = Dataset.from_dict({"prompt": embedded.prompts("train")})
-        held_out: Any = Dataset.from_dict({"prompt": embedded.prompts("eval")[: script.eval_prompts]})
+        held_out: Any = Dataset.from_dict({"prompt": embedded.prompts("eval", script.eval_prompts)})
     else:
         train_data, held_out = load_prompts(script.dataset, script.eval_prompts)
     trainer = PolicyGradientTrainer(script.model, algorithm, script.reward, train_data, held_out, args)
@@ -165,7 +167,12 @@ def reward(argv: Sequence[str]) -> None:
     words = ["check", *argv] if {"-h", "--help"} & set(argv[:1]) else list(argv)
     require(words[:1] == ["check"], "use `hfpg reward check FILE.py:name --dataset …`")
     named = list(takewhile(lambda word: not word.startswith("--"), words[1:]))
-    (settings,) = parse((Check,), [*(["--reward", *named] if named else []), *words[1 + len(named) :]], reward.__doc__)
+    (settings,) = parse(
+        (Check,),
+        [*(["--reward", *named] if named else []), *words[1 + len(named) :]],
+        reward.__doc__,
+        prog="hfpg reward check JUDGE …",
+    )
     require(bool(settings.reward), "name a judge, as in `hfpg reward check judge.py:score`")
     config = load_config(settings.model)
     tokenizer = load_tokenizer(settings.model, None, TrainConfig())
@@ -173,7 +180,7 @@ def reward(argv: Sequence[str]) -> None:
     judge = Judge(settings.reward, step_ends=ends)
     source: Any = [{"prompt": text} for text in embedded.prompts("train")]
     if settings.dataset is not None:
-        source = load_prompts(settings.dataset, 1)[0]
+        source = read_rows(settings.dataset)
     data = PromptData(
         source,
         tokenizer,
@@ -189,8 +196,11 @@ def reward(argv: Sequence[str]) -> None:
     generator = HFGenerator(tokenizer, seed=settings.seed, max_completion_length=settings.max_completion_length)
     samples = generator(policy, drawn)
     ids = [row[keep].tolist() for row, keep in zip(samples.completion_ids, samples.completion_mask, strict=True)]
-    texts = decode_completions(tokenizer, samples.completion_ids, samples.completion_mask, drawn.texts)
-    found = examine(judge, drawn.texts, texts, ids, drawn.columns, drawn.group_ids, tokenizer)
+    texts = decode_completions(tokenizer, samples, drawn.texts)
+    try:
+        found = examine(judge, drawn.texts, texts, ids, drawn.columns, drawn.group_ids, tokenizer)
+    except RewardError as error:
+        raise ConfigError(f"the judge failed on a completion: {error}") from error
     _show(found, judge.names, len(ids))
 
 

@@ -239,5 +239,5 @@ class Collector:
 
     def _decoded(self, prompts: Prompts, samples: Samples) -> tuple[list[Text], list[list[int]]]:
         ids, mask = samples.completion_ids.cpu(), samples.completion_mask.cpu()
-        completions = decode_completions(self.tokenizer, ids, mask, prompts.texts)
+        completions = decode_completions(self.tokenizer, samples, prompts.texts)
         return completions, [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]

@@ -77,13 +77,8 @@ def compare(
     Raises:
         ConfigError: completions that cannot be dealt out in groups, or what the trainer refuses.
     """
+    check_comparison(methods, args, repeats)
     rows = args.prompts_per_step
-    for method in methods:
-        require(
-            rows % method.num_generations == 0,
-            f"prompts_per_step={rows} completions are no whole groups of num_generations={method.num_generations}; "
-            f"use a multiple of it, such as {max(1, rows // method.num_generations) * method.num_generations}",
-        )
     with TemporaryDirectory() as folder:
         for number, method in enumerate(methods):
             name = f"{args.output_dir or folder}/{number}-{_name(method)}"
@@ -113,7 +108,7 @@ def gradient_noise(trainer: PolicyGradientTrainer, repeats: int, warm_up: int = 
     Raises:
         ConfigError: fewer than two repeats have no covariance.
     """
-    require(repeats >= 2, f"repeats={repeats} must be at least 2: one gradient has no covariance; 16 is usual")
+    check_repeats(repeats)
     run, state = trainer.run, trainer.state
     position, step, squares, total = run.position, state.global_step, 0.0, torch.zeros((), dtype=torch.float64)
     for number in range(warm_up + repeats):
@@ -130,6 +125,23 @@ def gradient_noise(trainer: PolicyGradientTrainer, repeats: int, warm_up: int = 
     variance = (squares - repeats * length) / (repeats - 1)
     square = max(length - variance / repeats, 0.0)
     return (variance / square if square > 0 else math.inf), math.sqrt(square)
+
+
+def check_comparison(methods: Sequence[Any], args: TrainConfig, repeats: int) -> None:
+    """Raise ConfigError for what `compare` cannot do: a caller with work before it asks first."""
+    check_repeats(repeats)
+    rows = args.prompts_per_step
+    for method in methods:
+        require(
+            rows % method.num_generations == 0,
+            f"prompts_per_step={rows} completions are no whole groups of num_generations={method.num_generations}; "
+            f"use a multiple of it, such as {max(1, rows // method.num_generations) * method.num_generations}",
+        )
+
+
+def check_repeats(repeats: int) -> None:
+    """Raise ConfigError for too few rollouts."""
+    require(repeats >= 2, f"repeats={repeats} must be at least 2: one gradient has no covariance; 16 is usual")
 
 
 def _credit(trainer: PolicyGradientTrainer) -> tuple[Rollout, Estimates]:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from transformers import HfArgumentParser
@@ -219,12 +219,20 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
-    """Top-level keys of a YAML mapping with their values and line numbers.
+class YamlValue(NamedTuple):
+    """What stands behind a key: the value, the same with every scalar as it is written, and the line of the key."""
+
+    value: Any
+    texts: Any
+    line: int
+
+
+def read_yaml(path: str | Path) -> dict[str, YamlValue]:
+    """Top-level keys of a YAML mapping with their values.
 
     Raises ConfigError with file and line for a file that is no mapping, cannot be parsed, or names a key twice.
     """
-    found: dict[str, tuple[Any, int]] = {}
+    found: dict[str, YamlValue] = {}
     line = 1
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -236,7 +244,8 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
             line = key_node.start_mark.line + 1
             require(isinstance(key_node, yaml.ScalarNode), f"{path}:{line}: a key must be a name")
             require(key_node.value not in found, f"{path}:{line}: key {key_node.value!r} stands twice; keep one")
-            found[key_node.value] = (loader.construct_object(value_node, deep=True), line)
+            texts = yaml.BaseLoader("").construct_object(value_node, deep=True)
+            found[key_node.value] = YamlValue(loader.construct_object(value_node, deep=True), texts, line)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
@@ -283,6 +292,7 @@ def parse(
     description: str | None = None,
     defaults: Callable[[Any], dict[str, Any]] | None = None,
     elsewhere: Mapping[str, str] | None = None,
+    prog: str | None = None,
 ) -> tuple[Any, ...]:
     """One instance of each dataclass from `--config FILE.yaml` and flags; flags win over the file.
 
@@ -292,6 +302,7 @@ def parse(
         description: the first lines of `--help`.
         defaults: given the first class's instance, values that file and flags win over: a recipe's own defaults.
         elsewhere: what to say of a name that is known, but not here.
+        prog: the command, as `--help` says it.
     Raises:
         ConfigError: a name that two classes share, an unknown key or flag (all of them at once, each with the
             nearest known name), a value of the wrong type.
@@ -303,38 +314,43 @@ def parse(
             owner[f.name] = cls
     argv = list(sys.argv[1:] if argv is None else argv)
     path = peek(argv, "config").config
-    values: dict[str, tuple[Any, str]] = {}
+    values: dict[str, tuple[Any, Any, str]] = {}
     told = elsewhere or {}
     if path is not None:
         found = read_yaml(path)
         unknown = [
-            f"{path}:{line}: unknown key {name!r}{told.get(name) or nearest(name, list(owner))}"
-            for name, (_, line) in found.items()
+            f"{path}:{it.line}: unknown key {name!r}{told.get(name) or nearest(name, list(owner))}"
+            for name, it in found.items()
             if name not in owner
         ]
         require(not unknown, "\n".join(unknown))
-        values = {name: (value, f"{path}:{line}") for name, (value, line) in found.items()}
-    made = _build(classes, values, argv, description, told)
+        values = {name: (it.value, it.texts, f"{path}:{it.line}") for name, it in found.items()}
+    silent = argv if defaults is None else [word for word in argv if word not in ("-h", "--help")]  # knows no defaults
+    made = _build(classes, values, silent, description, told, prog)
     if defaults is not None:
-        own = {name: (value, "defaults") for name, value in defaults(made[0]).items()}
-        made = _build(classes, own | values, argv, description, told)
+        own = {name: (value, value, "defaults") for name, value in defaults(made[0]).items()}
+        made = _build(classes, own | values, argv, description, told, prog)
     return made
 
 
 def _build(
     classes: Sequence[type],
-    values: dict[str, tuple[Any, str]],
+    values: dict[str, tuple[Any, Any, str]],
     argv: Sequence[str],
     description: str | None,
     elsewhere: Mapping[str, str],
+    prog: str | None,
 ) -> tuple[Any, ...]:
-    """Instances from values (each with the place it stands at) and from flags, which win."""
-    parser = _Parser(classes, description=description, allow_abbrev=False)
+    """Instances from values (each with its text and the place it stands at) and from flags, which win."""
+    how: Any = dict(prog=prog, usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE …]", formatter_class=_Help)
+    parser = _Parser(classes, description=description, allow_abbrev=False, **how)
     parser.add_argument("--config", default=None, help="YAML file with any of these fields; flags win over it.")
     namespace = argparse.Namespace()
     for action in parser._actions:
-        if action.dest in values:
-            setattr(namespace, action.dest, _convert(action, *values[action.dest]))
+        if action.dest in values and action.nargs != 0:  # not --no_X, which has the name of --X and no value
+            value = _convert(action, *values[action.dest])
+            setattr(namespace, action.dest, value)
+            action.default = value  # `--help` tells what the run would use
             action.required = False
     namespace, rest = parser.parse_known_args(argv, namespace)
     known = [f"--{f.name}" for cls in classes for f in dataclasses.fields(cls)]
@@ -349,23 +365,24 @@ def _build(
     )
 
 
-def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+def _convert(action: argparse.Action, value: Any, texts: Any, where: str) -> Any:
     """A YAML value by the type that the flag has: one type check for both."""
     if value is None:
         require(action.default is None, f"{where}: {action.dest} must have a value; the default is {action.default!r}")
         return None
     if action.nargs in ("+", "*"):
-        return [_convert_one(action, item, where) for item in (value if isinstance(value, list) else [value])]
-    return _convert_one(action, value, where)
+        items = zip(value, texts, strict=True) if isinstance(value, list) else [(value, texts)]
+        return [_convert_one(action, item, text, where) for item, text in items]
+    return _convert_one(action, value, texts, where)
 
 
-def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
+def _convert_one(action: argparse.Action, value: Any, text: Any, where: str) -> Any:
     kind: Any = action.type or str
     if kind is json_mapping and isinstance(value, dict):
         return value
     try:
         require(not isinstance(value, list | dict), f"{where}: {action.dest}: expected one value, found {value!r:.60}")
-        converted = kind(str(value))
+        converted = kind(str(text if kind is str else value))  # a version 1.10 is no number, and No is a word
     except (ValueError, argparse.ArgumentTypeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -406,6 +423,10 @@ SECRET = re.compile(r"hf_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
 """An access token of the Hub: it must stand in no file that hfpg writes or pushes."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every default, and the description with its lines as they are."""
+
+
 class _Parser(HfArgumentParser):
     """HfArgumentParser whose errors are ConfigErrors (the caller decides how to end), and with dict fields as JSON."""
 
@@ -414,6 +435,7 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.type is dict:
                 action.type = json_mapping
+        self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[+-]?\d+)?$", re.I)  # argparse's knows no 1e-3
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)

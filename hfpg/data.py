@@ -13,7 +13,7 @@ import torch
 from hfpg.config import ConfigError, nearest, require
 from hfpg.files import read_rows
 from hfpg.ops.keyed import permutation
-from hfpg.types import Prompts, Text
+from hfpg.types import Prompts, Samples, Text, ends_in_answer
 
 
 logger = logging.getLogger(__name__)
@@ -143,8 +143,17 @@ def share(count: int, rank: int, world: int) -> range:
 
 def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str, list]]:
     """The prompts and the other columns as plain lists."""
+    splits = [name for name in dataset if hasattr(dataset[name], "column_names")] if isinstance(dataset, dict) else []
+    require(
+        not splits,
+        f"the data set is a {type(dataset).__name__} of splits; give the trainer one of them, such as "
+        f"dataset[{splits[:1] and splits[0]!r}]",
+    )
     if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
         names = list(dataset.column_names)
+        transformed = getattr(dataset, "format", {}).get("type") == "custom"
+        if hasattr(dataset, "with_format") and not transformed:  # the rows themselves, no tensors
+            dataset = dataset.with_format(None)
         table = {name: list(dataset[name]) for name in names}
     elif isinstance(dataset, list | tuple):
         require(len(dataset) > 0, "the data set is empty; it needs rows with a prompt")
@@ -160,16 +169,18 @@ def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str
             f"{type(dataset).__name__} is not supported: its order cannot be replayed after a restart. Use a "
             "datasets.Dataset or a list of dicts; of a stream, `Dataset.from_list(list(stream.take(10_000)))`"
         )
+    wrong = [name for name in names if not isinstance(name, str)]
+    require(not wrong, f"the data set has columns named {wrong}; a name is a text, such as 'prompt'")
+    others = [name for name in names if name != ROW]
     require(
         prompt_column in names,
-        f"the data set has no column {prompt_column!r}; it has {names}{nearest(prompt_column, names)}. Name it with "
+        f"the data set has no column {prompt_column!r}; it has {others}{nearest(prompt_column, others)}. Name it with "
         "prompt_column",
     )
     reserved = [name for name in names if name in RESERVED_COLUMNS]
     require(not reserved, f"column {reserved} is reserved: reward functions get arguments of that name; rename it")
     prompts = table.pop(prompt_column)
     require(len(prompts) > 0, "the data set is empty; it needs rows with a prompt")
-    table.pop("prompt", None)
     return prompts, table
 
 
@@ -190,7 +201,15 @@ def refuse_bad_prompts(prompts: Sequence[Any], numbers: Sequence[int]) -> None:
             f"the prompt of row {numbers[i]} is {prompt!r:.60}; expected text, or a list of messages such as "
             "[{'role': 'user', 'content': 'Hi'}]",
         )
+        for text in [prompt] if isinstance(prompt, str) else [m.get("content") for m in prompt]:
+            require(
+                not isinstance(text, str) or not any("\ud800" <= c <= "\udfff" for c in text),
+                f"the prompt of row {numbers[i]} has half of a surrogate pair: {text!r:.60}; read the file as UTF-8, "
+                "or clean it with text.encode('utf-8', 'replace').decode()",
+            )
         silent = [m for m in prompt if conversation and m.get("content") is None and not m.get("tool_calls")]
+        if ends_in_answer(prompt) and not isinstance(prompt[-1].get("content"), str):
+            silent = [prompt[-1]]  # there is no text to go on with
         require(
             not silent,
             f"a message in the prompt of row {numbers[i]} has no content: {silent[:1]!r:.80}; each needs a text, as "
@@ -199,7 +218,9 @@ def refuse_bad_prompts(prompts: Sequence[Any], numbers: Sequence[int]) -> None:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Text]) -> list[list[int]]:
-    """Token ids of each prompt. A conversation goes through the chat template and ends where the assistant begins."""
+    """Token ids of each prompt. A conversation goes through the chat template and ends where the assistant begins, or
+    in the midst of the answer that is its last message. An EOS that the tokenizer sets behind a text is left out.
+    """
     conversations = [i for i, p in enumerate(prompts) if not isinstance(p, str)]
     require(
         not conversations or bool(getattr(tokenizer, "chat_template", None)),
@@ -215,19 +236,40 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Text]) -> list[list[int]]:
         # the template has written the special tokens already
         encoded = tokenizer(texts, add_special_tokens=False).input_ids
     else:
-        encoded = tokenizer(list(prompts)).input_ids
+        texts = [str(p) for p in prompts]
+        encoded = without_own_end(tokenizer, texts, [list(ids) for ids in tokenizer(texts).input_ids])
+        doubled = [i for i, ids in enumerate(encoded) if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id]
+        if doubled:
+            logger.warning(
+                "%d prompts begin with %r, and the tokenizer adds another one (row %d, counted from 0): write prompts "
+                "without it, or conversations, which go through the chat template",
+                len(doubled), tokenizer.bos_token, doubled[0],
+            )  # fmt: skip
     return [list(ids) for ids in encoded]
 
 
+def without_own_end(tokenizer: Any, texts: Sequence[str], encoded: list[list[int]]) -> list[list[int]]:
+    """Prompts without the EOS that some tokenizers set behind every text: a completion goes on after the prompt."""
+    end = tokenizer.eos_token_id
+    if end is None or not all(ids[-1:] == [end] for ids in encoded):
+        return encoded
+    bare = [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+    if not all(ids[:-1][-len(own) :] == own for ids, own in zip(encoded, bare, strict=True)):
+        return encoded  # it stands in the texts
+    logger.warning("the tokenizer sets %r behind every text: it is left out of the prompts", tokenizer.eos_token)
+    return [ids[:-1] for ids in encoded]
+
+
 def through_template(tokenizer: Any, prompt: Text) -> str:
-    """A conversation as the tokenizer's chat template writes it, up to where the assistant begins.
+    """A conversation as the tokenizer's chat template writes it, up to where the assistant begins or stopped.
 
     Raises:
         ConfigError: the template is no Jinja, or cannot write this conversation.
     """
     try:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    except (jinja2.TemplateError, TypeError) as error:
+        how = "continue_final_message" if ends_in_answer(prompt) else "add_generation_prompt"
+        return tokenizer.apply_chat_template(prompt, tokenize=False, **{how: True})
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ConfigError(
             f"the chat template{line}: {error} (for {prompt!r:.80}); name a file with another one with "
@@ -235,14 +277,37 @@ def through_template(tokenizer: Any, prompt: Text) -> str:
         ) from error
 
 
-def decode_completions(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[Text]) -> list[Text]:
-    """Completions as people read them: text, or a one-message conversation where the prompt was one."""
-    texts = tokenizer.batch_decode(
-        [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
-    )
+def decode_completions(tokenizer: Any, samples: Samples, prompts: Sequence[Text]) -> list[Text]:
+    """Completions as people read them, without special tokens.
+
+    After a text (or an answer that was begun) what comes next, with the space before it: prompt + completion is what
+    the policy wrote. After a conversation a message of the assistant, which begins a text of its own.
+    """
+    rows = [row[keep].tolist() for row, keep in zip(samples.completion_ids, samples.completion_mask, strict=True)]
+    after = [
+        last if isinstance(prompt, str) or ends_in_answer(prompt) else None
+        for last, prompt in zip(samples.prompt_ids[:, -1].tolist(), prompts, strict=True)
+    ]
+    texts = decode_after(tokenizer, after, rows)
     return [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for text, prompt in zip(texts, prompts, strict=True)
+    ]
+
+
+def decode_after(tokenizer: Any, before: Sequence[int | None], rows: Sequence[list[int]]) -> list[str]:
+    """Rows of token ids as text, each as it reads behind the token `before` it; None: as a text of its own.
+
+    Of a token at the beginning, SentencePiece's tokenizers drop the space.
+    """
+    led = [ids if last is None else [last, *ids] for last, ids in zip(before, rows, strict=True)]
+    whole = tokenizer.batch_decode(led, skip_special_tokens=True)
+    leads = {last: tokenizer.decode([last], skip_special_tokens=True) for last in set(before) - {None}} | {None: ""}
+    return [
+        text.removeprefix(leads[last])
+        if text.startswith(leads[last])
+        else tokenizer.decode(ids, skip_special_tokens=True)  # the two tokens are parts of one character
+        for last, ids, text in zip(before, rows, whole, strict=True)
     ]
 
 
@@ -250,10 +315,9 @@ def read_chat_template(path: str) -> str:
     """The text of a Jinja template file."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"chat_template={path!r} cannot be read: {error.strerror}; give the path of a Jinja file"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise ConfigError(f"chat_template={path!r} cannot be read: {why}; give the path of a Jinja file") from None
 
 
 def step_ends(tokenizer: Any, marker: str, ids: list[int]) -> list[int]:
@@ -282,6 +346,7 @@ def load_prompts(source: str, held_out: int) -> tuple[Any, Any]:
     """
     require(held_out >= 1, f"eval_prompts={held_out} must be at least 1, such as 256")
     rows = read_rows(source)
+    require(ROW not in rows.column_names, f"{source} has a column {ROW!r}, which hfpg adds itself; rename it")
     count = min(held_out, len(rows) // 5)
     require(count >= 1, f"{source} has {len(rows)} rows; it needs at least 5, a fifth is held out")
     split = rows.add_column(ROW, range(len(rows))).train_test_split(count, seed=0)

@@ -67,6 +67,7 @@ class Events:
         main = self.accelerator.is_main_process
         self.state = TrainerState(is_local_process_zero=main, is_world_process_zero=main, max_steps=args.max_steps)
         self.state.num_input_tokens_seen = 0
+        self.state.compute_steps(self.args, args.max_steps)  # for a loop that is not `train`
         self.control = TrainerControl()
         self.epoch: int | None = None
         made = [c() if isinstance(c, type) else c for c in callbacks or []]
@@ -135,10 +136,9 @@ class Events:
             self.fire("on_epoch_end")
         self.fire("on_train_end")
 
-    def logged(self, metrics: dict[str, float]) -> None:
-        """Metrics of a step go to the history and to the callbacks."""
+    def log(self, metrics: dict[str, float]) -> None:
+        """Metrics of a step go to the history."""
         self.state.log_history.append({**metrics, "step": self.state.global_step})
-        self.fire("on_log", logs=metrics)
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Metrics of an evaluation, likewise."""

@@ -27,7 +27,8 @@ def require(holds: bool, message: str) -> None:
 def check_choices(settings: Any) -> None:
     """Check the fields of a dataclass instance against their annotations: types, and the choices of a `Literal`.
 
-    A whole number serves as a float, a Path as a text, a tuple as a list. Annotations not in `WORDS` allow anything.
+    A whole number serves as a float, a Path as a text, a tuple as a list; NumPy's numbers become Python's, which JSON
+    can write. Annotations not in `WORDS` allow anything.
 
     Raises:
         ConfigError: a value that its annotation does not allow, with one that works where that can be guessed.
@@ -36,6 +37,7 @@ def check_choices(settings: Any) -> None:
     for f in dataclasses.fields(settings):
         kind, value = hints[f.name], getattr(settings, f.name)
         if fits(value, kind):
+            object.__setattr__(settings, f.name, plain(value))  # a method's settings are frozen
             continue
         if typing.get_origin(kind) is Literal:
             raise ConfigError(f"{f.name}={value!r} is unknown; choose from {list(typing.get_args(kind))}")
@@ -56,6 +58,15 @@ WORDS: dict[Any, tuple[str, Any]] = {
     type(None): ("None", type(None)),
 }
 """What stands in an annotation → how a message says it, and what is taken for it."""
+
+
+def plain(value: Any) -> Any:
+    """A value, and those in a list, with a number of another library as Python's own."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, int | float):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -111,6 +122,13 @@ def refuse_unread(settings: Any, why: str, *names: str) -> None:
         value = getattr(settings, f.name)
         unread = f.name in names and f.default is not dataclasses.MISSING and value != f.default
         require(not unread, f"{f.name}={value!r} is {why}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; beside its name where that says more."""
+    lines = str(error).strip().splitlines()[:1]
+    said = isinstance(error, OSError | ValueError) and lines
+    return lines[0] if said else ": ".join([type(error).__name__, *lines])
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

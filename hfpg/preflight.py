@@ -22,6 +22,7 @@ from hfpg.checkpoint import checkpoints, find_checkpoint
 from hfpg.config import ConfigError, TrainConfig, nearest, require
 from hfpg.data import PromptData, plain_text, read_chat_template
 from hfpg.distributed import raise_together
+from hfpg.fields import first_line
 from hfpg.rewards import Judge, RewardError
 from hfpg.rewards.judge import DryCall, beside
 from hfpg.text_config import context_length as context_length  # said again: callers ask it of this module
@@ -211,10 +212,15 @@ def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=args.model_revision, trust_remote_code=args.trust_remote_code
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a file that was copied half raises whatever its reader stumbles over
             raise ConfigError(
-                f"cannot load the tokenizer of {source!r}: {str(error).strip().splitlines()[0]}; give processing_class"
-            ) from None
+                f"cannot load the tokenizer of {source!r}: {first_line(error)}; give processing_class"
+            ) from error
+        require(
+            len(tokenizer) > len(set(tokenizer.all_special_ids)),
+            f"{source!r} has no tokenizer (transformers makes an empty {type(tokenizer).__name__}); save one there "
+            "with tokenizer.save_pretrained, or give processing_class",
+        )
     require(
         isinstance(tokenizer, PreTrainedTokenizerBase),
         f"processing_class is a {type(tokenizer).__name__}; hfpg trains text models and needs a tokenizer",
@@ -225,10 +231,21 @@ def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, vocabulary: int, stop_token_ids: list[int] | None) -> None:
-    """Every token of the tokenizer must have an embedding, and every stop token must be one."""
+def check_vocabulary(tokenizer: Any, vocabulary: int, stop_token_ids: list[int] | None, own: Any = None) -> None:
+    """Every token of the tokenizer must have an embedding, and every stop token must be one.
+
+    `own`: the ids that the model's generation config stops at, where `stop_token_ids` is None.
+    """
     beyond = [i for i in stop_token_ids or [] if not 0 <= i < vocabulary]
     require(not beyond, f"stop_token_ids has {beyond}; the model's tokens are 0 to {vocabulary - 1}")
+    theirs = [own] if isinstance(own, int) else list(own or [])
+    never = [] if stop_token_ids is not None else [i for i in theirs if not 0 <= i < vocabulary]
+    end = getattr(tokenizer, "eos_token_id", None)
+    require(
+        not never or len(never) < len(theirs),
+        f"the model's generation config ends texts at {never}, and its tokens are 0 to {vocabulary - 1}; say where "
+        f"they end with stop_token_ids, such as [{0 if end is None else end}]",
+    )
     require(
         len(tokenizer) <= vocabulary,
         f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary} embeddings; use the model's own "

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hfpg.config import ConfigError, no_progress_bar, require
+from hfpg.fields import first_line
 
 
 def load_policy(
@@ -107,13 +108,12 @@ def one_sentence_about(model: str) -> Iterator[None]:
     """What transformers says of a model that it cannot load, as one ConfigError."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        first = str(error).strip().splitlines()[0]
+    except ConfigError:
+        raise
+    except Exception as error:  # a file that was copied half raises whatever its reader stumbles over
         raise ConfigError(
-            f"cannot load the model {model!r}: {first} (a Hub id such as 'gpt2' or a local folder works; private or "
-            "gated models need `hf auth login`)"
+            f"cannot load the model {model!r}: {first_line(error)} (a Hub id such as 'gpt2' or a local folder works; "
+            "private or gated models need `hf auth login`)"
         ) from error
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from hfpg.checkpoint import best_fits, load_checkpoint, read_state, rotate, save_checkpoint
+from transformers import EarlyStoppingCallback
+
+from hfpg.checkpoint import best_fits, check_settings, load_checkpoint, read_state, rotate, save_checkpoint
 from hfpg.distributed import same_everywhere
 
 
@@ -22,6 +25,7 @@ def write_checkpoint(trainer: Any) -> Path:
     run = trainer.run
     run.algorithm, run.guards = dataclasses.asdict(trainer.algorithm_state), trainer.guards.counts()
     run.fisher_trial, run.evaluation_due = trainer.learner.fisher_trial, evaluation_due(trainer)
+    run.last_evaluation = trainer.evaluations[-1] if len(trainer.evaluations) > 1 else None
     trainer.events.remember()
     given = trainer.learner, trainer.processing_class, trainer.state, run, settings_of(trainer), trainer.replay
     path = save_checkpoint(trainer.output_dir, *given)
@@ -35,18 +39,25 @@ def go_on_from(trainer: Any, path: Path) -> None:
     Raises:
         ConfigError: the run that wrote it had other settings, or began from something else.
     """
-    trainer.saved_step = trainer.state.global_step  # a stop in the middle of this saves nothing
+    trainer.saved_step = math.inf  # a stop in the middle of this must not write over what is read
     names = trainer.judge.names
     rewards = read_state(path)["config"].get("reward_funcs", names)
     if rewards != names:
         trainer.terminal.say(f"note: {path.name} was rewarded by {rewards}, and from here on by {names}")
+    then, now = read_state(path)["config"].get("max_steps"), trainer.args.max_steps
+    if then != now and not trainer.args.lr_scheduler_type.startswith("constant"):
+        kind = trainer.args.lr_scheduler_type
+        trainer.terminal.say(
+            f"note: max_steps was {then} and is {now}: the {kind} learning rate goes on as if always so"
+        )
     state, run = load_checkpoint(path, trainer.learner, settings_of(trainer))
     trainer.run = run
     trainer.events.recall(state)
     trainer.algorithm_state = dataclasses.replace(trainer.algorithm.init(), **run.algorithm)
     trainer.guards.resume(run.guards)
     trainer.learner.fisher_trial = run.fisher_trial
-    trainer.evaluations = [] if run.first_evaluation is None else [run.first_evaluation]
+    first, last = run.first_evaluation, run.last_evaluation
+    trainer.evaluations = [e for e in (first, last) if e is not None]
     best, step = trainer.output_dir / "best", run.watch.get("best_step") if run.watch else None
     fits = trainer.on_main(lambda: best_fits(best, step))
     if not same_everywhere(trainer.accelerator, [fits])[0]:  # it is another branch's, or in another folder
@@ -65,4 +76,28 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     """Every setting of the run and its origin, flat: the algorithm's fields and TrainConfig's have different names."""
     name = {"algorithm": type(trainer.algorithm).__name__}
     fields = name | dataclasses.asdict(trainer.algorithm) | trainer.args.to_dict() | trainer.origin
-    return json.loads(json.dumps(fields, default=str))
+    return json.loads(json.dumps(fields, default=_by_name))
+
+
+def _by_name(value: Any) -> str:
+    """What JSON cannot write; of a function its name, as the rest of its text is an address."""
+    text = str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__) if " at 0x" in text else text
+
+
+def check_resumable(trainer: Any, path: Path) -> None:
+    """Raise ConfigError for a checkpoint of a run with other settings, before anything is touched."""
+    check_settings(path, read_state(path)["config"], settings_of(trainer))
+
+
+def ended_early(trainer: Any) -> str | None:
+    """Why a run that is resumed has ended already: its evaluations had said so, and still do. None: it goes on."""
+    limit = trainer.args.stop_overoptimized
+    if 0 < limit <= trainer.run.watch.get("falling", 0):
+        return f"stop_overoptimized={limit}"
+    for callback in trainer.events.handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback) and (
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        ):
+            return f"EarlyStoppingCallback({callback.early_stopping_patience})"
+    return None

@@ -37,19 +37,19 @@ from hfpg.kernels import check_liger, use_liger
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.origin import origin
-from hfpg.pretrained import is_peft, load_config, load_policy
+from hfpg.pretrained import causal_lm, is_peft, load_config, load_policy
 from hfpg.replay import Replay
-from hfpg.report.card import CardFacts, loadable, model_card
+from hfpg.report.card import CardFacts, loadable, model_card, readable
 from hfpg.report.clock import Clock
 from hfpg.report.command import command_line
-from hfpg.report.completions import describe_evaluation, records, shown
+from hfpg.report.completions import Shown, describe_evaluation, records, shown
 from hfpg.report.floor import Floor
 from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
-from hfpg.report.terminal import Terminal
+from hfpg.report.terminal import Terminal, signed
 from hfpg.report.watch import IN_A_ROW, Column, Watch, seen
 from hfpg.rescorer import Rescorer
-from hfpg.resume import evaluation_due, go_on_from, write_checkpoint
+from hfpg.resume import check_resumable, ended_early, evaluation_due, go_on_from, write_checkpoint
 from hfpg.rewards import Judge
 from hfpg.rewards.judge import beside
 from hfpg.types import Prompts, Rollout, Samples, Scores
@@ -110,7 +110,8 @@ class PolicyGradientTrainer:
             self._connect(actor, generator, callbacks)
         self.evaluations: list[dict[str, Any]] = []  # the first one, and those since the run was resumed
         self.facts: dict[str, Any] = {}
-        self.saved_step = -1
+        self.saved_step: float = -1  # infinite while a checkpoint is loaded
+        self.unrecorded: tuple[Rollout, dict[str, float]] | None = None  # a step that no file tells of yet
         self._claimed = False  # the run's folder is ours to write in: fresh, or resumed
         self.updating = False
 
@@ -132,9 +133,7 @@ class PolicyGradientTrainer:
                 rollout = self.rescore(samples, scores)  # old and reference log-probs, values; all rows on every rank
                 with self.interrupt.held():  # a signal waits for the end of an update
                     metrics = self.step(rollout)  # credit and update
-                    if self.events.end_step(self.epoch):  # a callback ends the epoch: on to the next
-                        self.run.position += -self.run.position % len(self.train_data)
-                    self.report(rollout, metrics)
+                    self.end_turn(rollout, metrics)
                 self.evaluate_if_due()
                 self.checkpoint_if_due()
         self._end()
@@ -155,7 +154,7 @@ class PolicyGradientTrainer:
             self.state.global_step += 1
             self.run.position += self.collector.taken
             self.replay.turn(rollout)
-            self.updating = False
+            self.updating, self.unrecorded = False, (rollout, metrics)
         if estimates.returns is not None:
             metrics["explained_variance"] = explained_variance(used, estimates)
         left_out = bool(rollout.weights.any()) and not bool(used.weights.any())  # all scores equal: nothing to learn
@@ -246,16 +245,42 @@ class PolicyGradientTrainer:
             self.terminal.say(
                 f"eval_score rose to {metrics['eval_score']:+.3f} and {name} fell to {metrics[name]:+.3f}, beyond "
                 f"chance and in {watch.falling} evaluations in a row: the policy is learning the judge's weaknesses. "
-                f"The best by {name} ({watch.best:+.3f}, step {watch.best_step}) is in {self.output_dir / 'best'}; a "
-                "larger kl_coef holds it nearer to the reference"
+                f"The best by {name} ({watch.best:+.3f}, step {watch.best_step}) is in "
+                f"{readable(self.output_dir / 'best')}; a larger kl_coef holds it nearer to the reference"
             )
         if enough:
             self.control.should_training_stop = True
 
     # ── watching ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def end_turn(self, rollout: Rollout, metrics: dict[str, float]) -> None:
+        """Callbacks hear that the step is done; then it is reported."""
+        try:
+            self.events.end_step(self.epoch)
+        finally:
+            if self.control.should_epoch_stop:  # a callback ends the epoch: on to the next
+                self.run.position += -self.run.position % len(self.train_data)
+        self.report(rollout, metrics)
+
     def report(self, rollout: Rollout, metrics: dict[str, float]) -> None:
         """Log the step and show it; now and then show completions. Adds what it finds to `metrics`."""
+        rows = self.record(rollout, metrics)
+        step, count = self.state.global_step, self.args.num_completions_to_print
+        self.guards.first_scores(rollout, self.processing_class)
+        if self.control.should_log or self.terminal.live is not None:
+            self.terminal.step(step, metrics)
+        if self.control.should_log:
+            self.events.fire("on_log", logs=metrics)
+        if rows and count:
+            self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
+        self.guards.scores(self.collector.said)
+        self.guards.changes()
+
+    def record(self, rollout: Rollout, metrics: dict[str, float]) -> list[Shown]:
+        """Add what the step was like to `metrics` and write it down, before any code of others may fail.
+
+        Returns the completions where they are due.
+        """
         step = self.state.global_step
         tokens = int(rollout.completion_mask.sum())
         self.state.num_input_tokens_seen += tokens
@@ -269,18 +294,15 @@ class PolicyGradientTrainer:
         metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
         metrics.update(beside(metrics, self.collector.said["metrics"]))
-        self.guards.first_scores(rollout, self.processing_class)
-        self.terminal.step(step, metrics)
+        rows = []
+        if self.args.completions_steps and step % self.args.completions_steps == 0:
+            rows = shown(rollout, self.processing_class)
+            self.recorder.completions(records(step, rows, self.collector.said["extra"]))
         if self.control.should_log:
             self.recorder.metrics(step, metrics)
-            self.events.logged(metrics)
-        if self.args.completions_steps and step % self.args.completions_steps == 0:
-            rows, count = shown(rollout, self.processing_class), self.args.num_completions_to_print
-            self.recorder.completions(records(step, rows, self.collector.said["extra"]))
-            if count:
-                self.terminal.completions(f"step {step}", rows[:: max(1, len(rows) // count)][:count])
-        self.guards.scores(self.collector.said)
-        self.guards.changes()
+            self.events.log(metrics)
+        self.unrecorded = None
+        return rows
 
     def evaluate_if_due(self) -> None:
         """Evaluate when a callback or `eval_steps` asks for it."""
@@ -288,7 +310,9 @@ class PolicyGradientTrainer:
         if self.run.evaluation_due:
             metrics = self.evaluate()
             self.run.evaluation_due = False
-            self.terminal.say(f"evaluation at step {self.state.global_step}: score {metrics['eval_score']:+.3f}")
+            self.terminal.say(
+                f"evaluation at step {self.state.global_step}: score {signed(metrics['eval_score'], '+.3f')}"
+            )
 
     # ── keeping ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -381,7 +405,9 @@ class PolicyGradientTrainer:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
         count = len(self.evaluations)
         require(count > 1, f"summary compares two evaluations; there are {count}: evaluate before and after train()")
-        self.terminal.summary(self.evaluations[0], self.evaluations[-1], str(saved), str(self.output_dir), prompts)
+        self.terminal.summary(
+            self.evaluations[0], self.evaluations[-1], readable(saved), readable(self.output_dir), prompts
+        )
 
     # ── before the loop: what can be refused is refused before the model loads ─────────────────────────────────────
 
@@ -430,9 +456,10 @@ class PolicyGradientTrainer:
 
     def _choose_folder(self, model: Any) -> Any:  # a context: the checks that follow
         args, self.model_name = self.args, preflight.name_of(model)
-        self.output_dir, made = preflight.prepare_output_dir(args, self.algorithm, self.model_name, self.accelerator)
+        named, made = preflight.prepare_output_dir(args, self.algorithm, self.model_name, self.accelerator)
+        self.output_dir = named.absolute()  # a judge may change the working folder
         self.occupied = bool(preflight.left_by_a_run(self.output_dir))
-        self.named_dir, self.args = args.output_dir, dataclasses.replace(args, output_dir=str(self.output_dir))
+        self.named_dir, self.args = args.output_dir, dataclasses.replace(args, output_dir=str(named))
         return preflight.folder_on_trial(made)
 
     def _load(self, model: Any, peft_config: Any) -> ActorCritic:
@@ -443,7 +470,8 @@ class PolicyGradientTrainer:
         if args.trainable_layers is not None:
             freeze_below(policy, args.trainable_layers)
         actor = ActorCritic(policy, value)
-        preflight.check_vocabulary(self.processing_class, actor.vocabulary, args.stop_token_ids)
+        own_stops = getattr(causal_lm(policy).generation_config, "eos_token_id", None)
+        preflight.check_vocabulary(self.processing_class, actor.vocabulary, args.stop_token_ids, own_stops)
         self.value_head_from = find_value_head(model, value, args.model_revision)
         if self.value_head_from is not None:
             load_value_head(actor, self.value_head_from)
@@ -529,9 +557,10 @@ class PolicyGradientTrainer:
         resume = None if resume in (False, "False", "false", "") else resume
         path = find_checkpoint(resume, self.output_dir)
         if path is not None:
-            path = undamaged(path, resume not in (True, "True", "true"), self.terminal.say)
+            path = undamaged(path.resolve(), resume not in (True, "True", "true"), self.terminal.say)
+            check_resumable(self, path)
         fresh = path is None and not resume and not self._claimed
-        if fresh or (path is not None and path.parent.resolve() != self.output_dir.resolve()):
+        if fresh or (path is not None and path.parent != self.output_dir.resolve()):
             overwrite = self.args.overwrite_output_dir
             self.on_main(lambda: preflight.clear_folder(self.output_dir, self.occupied, overwrite))
         if path is not None:
@@ -539,14 +568,18 @@ class PolicyGradientTrainer:
         elif resume:
             preflight.refuse_newest_of_nothing(resume, self.named_dir)
             torn = self.output_dir / "interrupted"
-            weights = f" (weights of an update that was cut short are in {torn})" if torn.exists() else ""
-            self.terminal.say(f"no checkpoint in {self.output_dir} to resume from: starting at step 0{weights}")
-        self._claimed = True
+            weights = f" (weights of an update that was cut short are in {readable(torn)})" if torn.exists() else ""
+            self.terminal.say(
+                f"no checkpoint in {readable(self.output_dir)} to resume from: starting at step 0{weights}"
+            )
+        unseen, self._claimed = self.occupied and not self._claimed, True
         if self.value_head_from is not None and path is None:
             self.terminal.say(f"the value head goes on from the one saved with {self.model_name}")
         if resume:
-            again = self.run.evaluation_due or self.state.global_step == 0
+            again = self.run.evaluation_due or (unseen and self.state.global_step == 0)
             self.recorder.rewind(self.state.global_step, evaluation=again)
+            for evaluation in self.evaluations if unseen and path is None else ():  # made before the folder was ours
+                self.recorder.metrics(evaluation["step"], evaluation["metrics"])
             self.on_main(lambda: set_aside(self.output_dir, self.state.global_step))
         self.facts.setdefault("model", self.model_name)
         self.recorder.run_file(
@@ -569,6 +602,10 @@ class PolicyGradientTrainer:
         if self.args.eval_on_start and self.eval_data is not None and self.state.global_step == 0:
             self.evaluate()
         self.evaluate_if_due()  # where the run was stopped before it was done
+        over = None if path is None else ended_early(self)
+        if over is not None and self.state.global_step < self.args.max_steps:
+            self.terminal.say(f"the run had ended at step {self.state.global_step}, by {over}; a larger one goes on")
+            self.control.should_training_stop = True
         self.clock.read()
         self.terminal.start(self.state.global_step)
 
@@ -596,6 +633,10 @@ class PolicyGradientTrainer:
             save_actor_critic(self.learner.actor, where)
             self.processing_class.save_pretrained(where)
         else:
+            if self.unrecorded is not None:
+                self.record(*self.unrecorded)
             where = write_checkpoint(self)
         again = "start from" if self.updating else "resume_from_checkpoint=True goes on from"
-        self.terminal.say(f"stopped at step {self.state.global_step}; what was trained is saved: {again} {where}")
+        self.terminal.say(
+            f"stopped at step {self.state.global_step}; what was trained is saved: {again} {readable(where)}"
+        )

@@ -24,6 +24,11 @@ Text = str | list[dict[str, Any]]
 R = TypeVar("R", bound="Rows")
 
 
+def ends_in_answer(prompt: Text) -> bool:
+    """Whether a conversation's last message is the assistant's: an answer that was begun, to be gone on with."""
+    return not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
+
+
 @dataclass(frozen=True)
 class Rows:
     """Base of the dataclasses whose every field has one entry per row: tensors [B, …] and lists of length B."""
@@ -120,7 +125,7 @@ class Scores(Rows):
     """What the judge said: one score per completion, and 0 weight where nobody could say."""
 
     scores: Float[Tensor, " B"]
-    weights: Float[Tensor, " B"]  # 1, or 0 for a sample that every reward function abstained from
+    weights: Float[Tensor, " B"]  # 1, or 0 for a sample without a score: all functions abstained, or one failed
     by_function: dict[str, list[float | None]]
     extra: dict[str, list]  # what reward functions logged per completion (`log_extra`)
     baseline_scores: Float[Tensor, " B"] | None = None  # of the greedy completion, or of the prompt itself; NaN: none

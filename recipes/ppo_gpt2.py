@@ -46,7 +46,7 @@ def defaults(script: Script) -> dict[str, Any]:
 def prompts(script: Script) -> tuple[Any, Any]:
     """Training prompts and held-out prompts."""
     if script.dataset is None:
-        held_out = embedded.prompts("eval")[: script.eval_prompts]
+        held_out = embedded.prompts("eval", script.eval_prompts)
         return Dataset.from_dict({"prompt": embedded.prompts("train")}), Dataset.from_dict({"prompt": held_out})
     return load_prompts(script.dataset, script.eval_prompts)
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, logging, set_seed
 
 from hfpg import TrainConfig, embedded
 from hfpg.algorithms import Reinforce
-from hfpg.compare import compare, heading
+from hfpg.compare import check_comparison, compare, heading
 from hfpg.config import field, one_sentence, parse
 from hfpg.distributed import launch
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM
@@ -53,6 +53,7 @@ def main() -> None:
     script, args = parse((Script, TrainConfig), description=__doc__, defaults=lambda script: DEFAULTS)
     names: Any = script.baselines
     methods = [Reinforce(baseline=b, num_generations=4 if b == "group" else 1, kl_coef=0.0) for b in names]
+    check_comparison(methods, args, script.repeats)
     say = launch(args).print
     logging.set_verbosity_error()
     set_seed(args.seed)
@@ -66,7 +67,7 @@ def main() -> None:
     nll = fine_tune(model, tokenizer, texts, learning_rate=5e-3, per_device_train_batch_size=32, **how)
     say(f"LSTM       {model.num_parameters() / 1e6:.2f} M parameters, NLL {nll[0]:.2f} → {nll[1]:.2f} nats per token")
     say(f"REINFORCE  target {script.target} words, {args.max_steps} steps of {args.prompts_per_step} texts\n")
-    splits = embedded.prompts("train"), embedded.prompts("eval")[: script.eval_prompts]
+    splits = embedded.prompts("train"), embedded.prompts("eval", script.eval_prompts)
     train, held_out = ([{"prompt": p, "target": script.target} for p in split] for split in splits)
     say(heading("score", "words", "ends by itself"))
     for run in compare(model, methods, length_reward, train, held_out, args, tokenizer, script.repeats):

@@ -12,6 +12,7 @@ Measured (2026-11-25, one thread of a shared 2-core CPU, 3 minutes, seed 42), 25
 reward model .404 → .924, gold judge .086 → .371, KL 2.02 nats per completion. More: docs/recipes/rlhf_pipeline.md.
 """
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -55,9 +56,22 @@ def make_judge(script: Script, folder: str) -> None:
     require(done.returncode == 0, f"reward_models/{maker.name} made no reward model: see above")
 
 
+def refuse_other_stages(script: Script) -> None:
+    """Raise ConfigError where --work holds stages of another model, other pairs or another likelihood."""
+    now = dict(model=script.model, pairs=script.pairs, sft_epochs=script.sft_epochs)
+    note = Path(script.work, "stages.json")
+    made = json.loads(note.read_text(encoding="utf-8")) if note.exists() else now
+    other = {name: made.get(name) for name in now if made.get(name) != now[name]}
+    require(not other, f"{script.work} holds stages made with {other}, which are used again; name another --work")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(now), encoding="utf-8")
+
+
 def main() -> None:
     """Every stage in turn, then the same prompts before and after."""
     script, ppo, args = parse((Script, PPO, TrainConfig), description=__doc__, defaults=defaults)
+    prompts = embedded.prompts("eval", script.eval_prompts)
+    refuse_other_stages(script)
     pairs, judge, start = script.pairs or "build/film-judge/train.jsonl", f"{script.work}/judge", f"{script.work}/sft"
     made = script.judge or Path(judge, "training.json").exists()  # which is written last
     if not made or not (script.pairs or Path(pairs).exists()):
@@ -66,7 +80,7 @@ def main() -> None:
         texts = chosen_texts(pairs, sentences=True)
         how: dict[str, Any] = dict(num_train_epochs=script.sft_epochs, learning_rate=1e-4, output_dir=start)
         fine_tune(load_policy(script.model), AutoTokenizer.from_pretrained(script.model), texts, **how)
-    rewards, prompts = [script.judge or judge, embedded.judge_b], embedded.prompts("eval")[: script.eval_prompts]
+    rewards = [script.judge or judge, embedded.judge_b]
     rows, held_out = ([{"prompt": prompt} for prompt in part] for part in (embedded.prompts("train"), prompts))
     trainer = PolicyGradientTrainer(start, ppo, rewards, rows, held_out, args)
     trainer.train()

@@ -29,7 +29,7 @@ trainer = PolicyGradientTrainer(model, algorithm, reward_funcs="FOLDER")   # or 
 | backbone | {model} |
 | parameters | {parameters:,} |
 | data | {dataset} |
-| training pairs | {train_pairs:,}; {shared} left out that share a text with held-out ones; {ties} ties, {tie_rule} |
+| training pairs | {train_pairs:,}; {shared}; {tie_rule} |
 | held-out pairs | {pairs:,}{held_out_from} |
 | **pair accuracy**, held out | **{accuracy:.3f}** (95 %: {low:.3f} to {high:.3f}, Wilson, independent pairs) |
 | NLL per held-out pair | {nll:.3f} |
@@ -61,6 +61,17 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _shared(left_out: dict[str, int]) -> str:
+    if "overlap" in left_out:
+        return f"{left_out['overlap']} of the held-out ones share a text with them"
+    return f"{left_out['shared_text']} left out that share a text with held-out ones"
+
+
+def _ties(left_out: dict[str, int]) -> str:
+    learnt = left_out["learnt_ties"]
+    return f"{left_out['ties']} ties dropped" + (f", {learnt} learnt as probability .5" if learnt else "")
+
+
 def write_card(folder: Path, script: Any, args: Any, facts: dict[str, Any], command: str, about: str = "") -> None:
     """Write README.md from the settings and from what was measured; `about`: Markdown on the data, and citations."""
     held = facts["held_out"]
@@ -72,9 +83,8 @@ def write_card(folder: Path, script: Any, args: Any, facts: dict[str, Any], comm
         parameters=facts["parameters"],
         dataset=text(script.dataset),
         train_pairs=facts["train_pairs"],
-        ties=facts["left_out"]["ties"],
-        shared=facts["left_out"]["shared_text"],
-        tie_rule="dropped" if script.ties == "drop" else "learnt as probability .5",
+        shared=_shared(facts["left_out"]),
+        tie_rule=_ties(facts["left_out"]),
         pairs=held["pairs"],
         held_out_from=f", {text(script.eval_dataset)}" if script.eval_dataset else "",
         accuracy=held["accuracy"],

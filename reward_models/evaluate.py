@@ -21,6 +21,7 @@ from pairs import Pairs, load_pairs, plain
 
 from hfpg.config import ConfigError, field, one_sentence, parse, require
 from hfpg.ops.preference import agrees, pair_accuracy
+from hfpg.rewards import Judge, RewardError
 from hfpg.rewards.judge import RewardFunction
 from hfpg.rewards.learned import ClassifierReward
 from hfpg.types import Text
@@ -118,30 +119,15 @@ def scores_of(function: RewardFunction, prompts: Sequence[Text], completions: Se
     """One score per completion; None: the judge abstains.
 
     Raises:
-        ConfigError: another number of scores, or one that is no finite number.
+        ConfigError: the judge fails, needs a column that pairs have not, or returns what is no score.
     """
-    given = dict(prompts=list(prompts), completions=list(completions), completion_ids=[[] for _ in completions])
-    said = function.call(**function.arguments(given))
-    scores = [None if s is None else _number(function.name, s, i) for i, s in enumerate(said)]
-    require(
-        len(scores) == len(completions),
-        f"the judge {function.name!r} returned {len(scores)} scores for {len(completions)} texts; it must return one "
-        "each (None: cannot judge)",
-    )
-    return scores
-
-
-def _number(name: str, value: Any, row: int) -> float:
+    judge = Judge(function.call)
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(
-            f"the judge {name!r} returned {value!r:.60} for text {row}; a score is a finite number, or None for "
-            "'cannot judge'"
-        )
-    return number
+        said = judge(list(prompts), list(completions), [[] for _ in completions], {})
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
+    (scores,) = said.by_function.values()
+    return list(scores)
 
 
 def score(judge: str, pairs: Pairs) -> tuple[list[float | None], list[float | None]]:
@@ -200,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     require(bool(script.judge), "name the judge with --judge, such as a classifier's folder")
     require(bool(script.dataset), "name the pairs with --dataset, such as held_out.jsonl")
     require(script.bins >= 1, f"bins={script.bins} must be at least 1")
-    pairs = load_pairs(script.dataset, split=script.split, config=script.dataset_config)
+    pairs = load_pairs(script.dataset, split=script.split, config=script.dataset_config, margin_column="")
     facts = {"judge": script.judge, "dataset": script.dataset} | evaluate(script.judge, pairs, script.bins)
     folder = Path(script.judge.partition("#")[0])
     target = Path(script.output) if script.output else (folder if folder.is_dir() else Path()) / "eval.json"

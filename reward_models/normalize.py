@@ -63,6 +63,10 @@ class Script:
             f"{self.judge!r} is no folder to store in; use --apply True with --output_dir, or the printed flags",
         )
         require(
+            ":" not in self.judge or not (self.store or self.apply),
+            f"{self.judge!r} is a function, which keeps no mean and std; use the printed flags",
+        )
+        require(
             not (self.store and self.apply),
             "--store keeps mean and std beside the judge and --apply folds them in: that would be twice; use one",
         )
@@ -88,7 +92,7 @@ def sample(script: Script) -> tuple[list[Any], list[Any]]:
     which = order(0, script.samples, len(data), script.seed)
     prompts = data.rows(which, torch.arange(script.samples), 1, device)
     made = generate(policy, prompts)
-    return list(prompts.texts), decode_completions(tokenizer, made.completion_ids, made.completion_mask, prompts.texts)
+    return list(prompts.texts), decode_completions(tokenizer, made, prompts.texts)
 
 
 def moments(scores: Sequence[float]) -> tuple[float, float]:

@@ -234,26 +234,31 @@ def hold_out(pairs: Pairs, count: int, seed: int) -> tuple[Pairs, Pairs, int]:
     """Training pairs, held-out pairs (at most a fifth), and how many pairs in between were dropped.
 
     Pairs of one prompt stay together, and training pairs that share a text with a held-out pair are dropped: a judge
-    has never seen the texts that it is measured on. A prompt that has more pairs than may still be held out is learnt.
+    has never seen the texts that it is measured on. Ties do not count: they measure nothing. A prompt that has more
+    pairs than may still be held out is learnt.
 
     Raises:
         ConfigError: too few pairs to hold one out, or all share a prompt or texts.
     """
-    most = len(pairs) // 5
-    require(most >= 1, f"{len(pairs)} pairs are too few to hold some out: at least 5, or name an --eval_dataset")
+    clear = len(pairs) - sum(pairs.ties)  # what can be measured
+    most = clear // 5
+    require(most >= 1, f"{clear} pairs are too few to hold some out: at least 5, or name an --eval_dataset")
     prompts = [p or shared_prompt(c, r) for p, c, r in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)]
     names = [plain(p) or f"row {i}" for i, p in enumerate(prompts)]
     members: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         members.setdefault(name, []).append(row)
     out: list[int] = []
+    sizes = {name: sum(not pairs.ties[i] for i in rows) for name, rows in members.items()}
+    taken = 0
     for name in dict.fromkeys(names[i] for i in permutation(len(pairs), seed, "hold out").tolist()):
-        if len(out) < count and len(out) + len(members[name]) <= most:
+        if taken < count and sizes[name] and taken + sizes[name] <= most:
             out += members[name]
-    fewest = min(map(len, members.values()))
+            taken += sizes[name]
+    fewest = min(filter(None, sizes.values()))
     require(
         len(out) > 0,
-        f"at most a fifth of {len(pairs)} pairs, {most}, may be held out, and every prompt has {fewest} or more; "
+        f"at most a fifth of {clear} pairs, {most}, may be held out, and every prompt has {fewest} or more; "
         "pairs of one prompt stay together: name an --eval_dataset",
     )
     held, seen = set(out), {plain(side[i]) for i in out for side in (pairs.chosen, pairs.rejected)}

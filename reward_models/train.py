@@ -26,7 +26,14 @@ from datasets import Dataset
 from evaluate import evaluate, show
 from pairs import Pairs, hold_out, load_pairs, plain
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -62,7 +69,6 @@ class Script:
     lora_dropout: float = field(0.0, "Dropout of the adapter.")
     lora_target_modules: list[str] | None = field(None, "Modules that get an adapter. Default: all linear ones.")
     license: str | None = field(None, "Licence of the weights, for the card.")
-    trust_remote_code: bool = field(False, "Run model code from the backbone's repository.")
 
     def __post_init__(self) -> None:
         require(bool(self.model), "name the backbone with --model, such as Qwen/Qwen2.5-0.5B or a folder")
@@ -157,14 +163,13 @@ def load_backbone(script: Script) -> tuple[Any, Any]:
     """
     try:
         with no_progress_bar():
-            tokenizer = AutoTokenizer.from_pretrained(script.model, trust_remote_code=script.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(script.model)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 script.model,
                 num_labels=1,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # the head of a classifier with other labels is replaced
-                trust_remote_code=script.trust_remote_code,
             )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -251,12 +256,19 @@ def check_padding(model: Any, tokenizer: Any) -> None:
     )
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, that of functional dropout (an attribute of its module), too."""
+def without_dropout(model: Any) -> dict[str, float]:
+    """Set every dropout probability to 0, that of functional dropout (an attribute of its module, or read from the
+    configuration in every pass), too. Returns what the configuration had, which belongs into the saved one.
+    """
+    config = model.config.get_text_config()
+    had = {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float)}
+    for name in had:
+        setattr(config, name, 0.0)
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name):
                 setattr(module, name, 0.0)
+    return had
 
 
 def with_lora(model: Any, script: Script) -> Any:
@@ -287,7 +299,7 @@ def deal_out(script: Script, seed: int) -> tuple[Pairs, Pairs, dict[str, int]]:
     pairs = load_pairs(
         script.dataset, split=script.split, config=script.dataset_config, margin_column=script.margin_column
     )
-    ties = sum(pairs.ties)
+    ties, overlap = sum(pairs.ties), 0
     clear = pairs.without_ties()  # refuses data of ties alone
     pairs = clear if script.ties == "drop" else pairs
     if script.eval_dataset is None:
@@ -295,13 +307,21 @@ def deal_out(script: Script, seed: int) -> tuple[Pairs, Pairs, dict[str, int]]:
     else:
         held = load_pairs(script.eval_dataset, split=script.eval_split, margin_column="")
         train, shared = pairs, 0
+        seen = {plain(text) for text in (*train.chosen, *train.rejected)}
+        overlap = sum(bool({plain(c), plain(r)} & seen) for c, r in zip(held.chosen, held.rejected, strict=True))
     train = train.without_ties() if script.ties == "drop" else train
     same = train.templated == held.templated
     require(same, "the training pairs are text and the held-out pairs conversations, or the other way round; use one")
-    return train, held.without_ties(), {"ties": ties, "shared_text": shared}
+    learnt = sum(train.ties)
+    return (
+        train,
+        held.without_ties(),
+        {"ties": ties - learnt, "learnt_ties": learnt, "shared_text": shared}
+        | ({"overlap": overlap} if script.eval_dataset else {}),
+    )
 
 
-def checkpoint_of(args: TrainingArguments) -> str | None:
+def checkpoint_of(args: TrainingArguments, lora: bool) -> str | None:
     """The checkpoint that the run goes on from: a folder, or with "True" the newest one of output_dir.
 
     Raises:
@@ -318,7 +338,43 @@ def checkpoint_of(args: TrainingArguments) -> str | None:
         f"{path or f'any folder {folder}/checkpoint-N'}; give one such as {newest or 'runs/judge/checkpoint-500'} "
         "(--save_strategy steps writes them), or leave it out",
     )
+    adapter = Path(str(path), "adapter_config.json").is_file()
+    require(
+        adapter == lora,
+        f"{path} holds {'an adapter' if adapter else 'all weights'}, and lora_r={'above 0' if lora else '0'} trains "
+        f"{'an adapter' if lora else 'all weights'}; resume with the settings of its run",
+    )
     return path
+
+
+def refuse_unread(args: TrainingArguments) -> None:
+    """Raise ConfigError for flags of TrainingArguments that this script would not obey."""
+    smoothing = args.label_smoothing_factor
+    require(
+        smoothing == 0, f"label_smoothing_factor={smoothing} is of other losses; ties='half' knows uncertain pairs"
+    )
+    require(
+        not args.push_to_hub,
+        "push_to_hub pushes nothing here, as the card is written last; when it is done, `hf upload REPOSITORY FOLDER`",
+    )
+
+
+def run(trainer: Trainer, checkpoint: str | None) -> dict[str, Any]:
+    """Train, from a checkpoint on where one is given; of a run that was at its end only the weights are read."""
+    start, begun = time.perf_counter(), 0
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        begun = state.global_step
+        if begun >= state.max_steps > 0 and trainer.args.max_steps in (-1, state.max_steps):
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return {"steps": begun, "train_loss": None, "minutes": 0.0, "resumed_at": begun}
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.state.global_step
+    # transformers divides the losses since the resume by the number of all steps
+    loss = result.training_loss * steps / max(1, steps - begun)
+    facts = {"steps": steps, "train_loss": loss, "minutes": (time.perf_counter() - start) / 60}
+    return facts | ({} if checkpoint is None else {"resumed_at": begun})  # loss and minutes are those from there on
 
 
 def train(script: Script, args: TrainingArguments, command: str = "", about: str = "") -> dict[str, Any]:
@@ -331,11 +387,11 @@ def train(script: Script, args: TrainingArguments, command: str = "", about: str
     set_seed(args.seed)
     args.remove_unused_columns = False  # the collator reads all columns
     args.dataloader_pin_memory = torch.cuda.is_available()
-    checkpoint = checkpoint_of(args)
+    refuse_unread(args)
+    checkpoint = checkpoint_of(args, script.lora_r > 0)
     train_pairs, held_pairs, left_out = deal_out(script, args.seed)
     model, tokenizer = load_backbone(script)
-    if script.disable_dropout:
-        without_dropout(model)
+    dropout = without_dropout(model) if script.disable_dropout else {}
     if script.lora_r:
         model = with_lora(model, script)
     trainer = RewardTrainer(
@@ -347,22 +403,29 @@ def train(script: Script, args: TrainingArguments, command: str = "", about: str
         compute_metrics=held_out_accuracy,
         centering=script.centering,
     )
-    start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    ran = run(trainer, checkpoint)
     facts: dict[str, Any] = {
         "train_pairs": len(train_pairs),
         "held_out_pairs": len(held_pairs),
         "left_out": left_out,
-        "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
-        "minutes": (time.perf_counter() - start) / 60,
         "longer_chosen_in_training": _longer_chosen(train_pairs),
+        **ran,
     }
     folder = Path(args.output_dir or "runs/reward-model")
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         model = model.merge_and_unload() if script.lora_r else model
         facts["parameters"] = model.num_parameters()
+        for name, value in dropout.items():
+            setattr(model.config.get_text_config(), name, value)
+        broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        require(
+            not broken,
+            f"{len(broken)} weights are not finite after training, such as {broken[:1]}: nothing was saved; use a "
+            f"smaller learning_rate than {args.learning_rate}, such as {args.learning_rate / 10:g}",
+        )
+        for name in (DONE, "eval.json", "README.md"):  # those of an earlier judge in this folder
+            (folder / name).unlink(missing_ok=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         facts["held_out"] = evaluate(str(folder), held_pairs)

@@ -2,12 +2,15 @@
 
 import ast
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
+import yaml
 
 import hfpg
 from hfpg.algorithms import PPO, PRESETS, RLOO
@@ -341,3 +344,49 @@ def test_a_field_of_a_method_of_the_users_own_may_have_its_own_default():
         Own(how="c")
     with pytest.raises(ConfigError, match="cap=nan must be a finite number"):
         Own(cap=math.nan)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, *PRESETS.values()])
+def test_every_field_comes_back_from_a_file(tmp_path: Path, cls: type):
+    """Also those that are True by default: argparse has a second flag of the same name for them."""
+    for changed in (False, True):
+        values = dataclasses.asdict(cls())
+        if changed:
+            values |= {name: not value for name, value in values.items() if value is True}
+        path = write(tmp_path, yaml.safe_dump(values))
+        assert dataclasses.asdict(parse((cls,), ["--config", path])[0]) == values
+        assert dataclasses.asdict(parse((cls,), [], defaults=lambda made, own=values: own)[0]) == values
+
+
+def test_texts_of_a_file_are_as_they_are_written(tmp_path: Path):
+    text = "stop_strings: [yes, No, 1.0, 1e3, 007]\nmodel_revision: 0012345\nrun_name: 1.10\nhub_model_id: 12:30:00\n"
+    config = read(tmp_path, text)
+    assert config.stop_strings == ["yes", "No", "1.0", "1e3", "007"]
+    assert (config.model_revision, config.run_name, config.hub_model_id) == ("0012345", "1.10", "12:30:00")
+
+
+def test_negative_numbers_may_have_an_exponent():
+    config = parse((TrainConfig,), ["--reward_weights", "1", "-1e-3"])[0]
+    assert config.reward_weights == [1, -0.001]
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = TrainConfig(max_steps=np.int64(3), learning_rate=np.float32(0.5), reward_weights=[np.float32(1)])
+    assert json.loads(json.dumps(config.to_dict()))["max_steps"] == 3
+    assert type(config.max_steps) is int and type(config.learning_rate) is float
+    assert type(RLOO(num_generations=np.int64(4)).num_generations) is int
+
+
+def test_help_tells_the_defaults_that_the_run_would_use(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse(
+            (TrainConfig,),
+            ["--help", "--config", write(tmp_path, "max_steps: 12\n")],
+            "First line.\n\n    an example",
+            defaults=lambda made: {"learning_rate": 0.125, "max_steps": 11},
+            prog="hfpg x",
+        )
+    said = capsys.readouterr().out
+    assert said.startswith("usage: hfpg x [--config FILE.yaml] [--FIELD VALUE …]\n\nFirst line.\n\n    an example\n")
+    flat = " ".join(said.split())
+    assert "(default: 0.125)" in flat and "(default: 12)" in flat and "(default: 11)" not in flat

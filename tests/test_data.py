@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hfpg.config import ConfigError
 from hfpg.data import (
@@ -21,6 +23,7 @@ from hfpg.data import (
     read_chat_template,
     share,
 )
+from hfpg.types import Samples
 from tests import tiny
 
 
@@ -147,6 +150,68 @@ def test_a_conversation_goes_through_the_template_and_ends_where_the_assistant_b
 def test_a_text_prompt_gets_the_special_tokens_of_its_tokenizer():
     data = PromptData([{"prompt": "aa ba"}], tokenizer_that_adds_bos())
     assert data.encoded == [[0, *tiny.tokenizer()("aa ba").input_ids]]
+
+
+def test_an_end_that_the_tokenizer_sets_is_no_part_of_a_prompt(caplog: pytest.LogCaptureFixture):
+    from tokenizers.processors import TemplateProcessing
+
+    ends = tiny.tokenizer(bos_token="aa")
+    both = [("aa", 2), ("<eos>", 0)]
+    ends.backend_tokenizer.post_processor = TemplateProcessing(single="aa $A <eos>", special_tokens=both)
+    assert PromptData([{"prompt": "ba"}, {"prompt": "ba ca"}], ends).encoded == [[2, 3], [2, 3, 4]]
+    assert "sets '<eos>' behind every text: it is left out" in caplog.text
+    assert PromptData([{"prompt": "ba <eos>"}], tiny.tokenizer()).encoded == [[3, 0]], "it is the user's"
+
+
+def test_a_prompt_that_begins_as_the_tokenizer_begins_it_is_warned_of(caplog: pytest.LogCaptureFixture):
+    assert PromptData([{"prompt": "<eos> ba"}], tokenizer_that_adds_bos(bos_token="<eos>")).encoded == [[0, 0, 3]]
+    assert "1 prompts begin with '<eos>', and the tokenizer adds another one (row 0" in caplog.text
+
+
+def test_an_answer_that_was_begun_is_gone_on_with():
+    tokenizer = tiny.tokenizer(chat_template=TEMPLATE)
+    begun = [*chat("da"), {"role": "assistant", "content": "ea fa"}]
+    (ids,) = PromptData([{"prompt": begun}], tokenizer).encoded
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<eos>", "ba", "da", "ca", "ea", "fa"]
+    nothing = [*chat("da"), {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    assert "row 0 has no content" in refusal([{"prompt": nothing}], tokenizer=tokenizer)
+
+
+def test_rows_are_read_whatever_their_format():
+    plain = datasets.Dataset.from_dict({"prompt": [chat("aa"), chat("ba")], "n": [1, 2]})
+    for made in (plain, plain.with_format("numpy"), plain.with_format("torch")):
+        data = PromptData(made, tiny.tokenizer(chat_template=TEMPLATE))
+        assert data.prompts[1] == chat("ba") and data.columns == {"n": [1, 2]} and type(data.columns["n"][0]) is int
+    shown = plain.with_transform(
+        lambda rows: {"prompt": [m[0]["content"] for m in rows["prompt"]]}, columns=["prompt"]
+    )
+    assert PromptData(shown.select_columns(["prompt"]), tiny.tokenizer()).prompts == ["aa", "ba"]
+
+
+def test_splits_are_no_data_set():
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"prompt": ["aa"]}))
+    for given in (splits, dict(splits)):
+        assert f"is a {type(given).__name__} of splits; give the trainer one of them, such as dataset['train']" in (
+            refusal(given)
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a\ud800"}, "the prompt of row 0 has half of a surrogate pair"),
+        ({"prompt": chat("a\ud800")}, "the prompt of row 0 has half of a surrogate pair"),
+        ({"prompt": "aa", 3: "x"}, "columns named [3]; a name is a text"),
+        ({"text": "aa", "hfpg_row": 1}, "has no column 'prompt'; it has ['text']."),
+    ],
+)
+def test_what_no_tokenizer_and_no_function_can_take(row: Any, said: str):
+    assert said in refusal([row])
+
+
+def test_a_column_called_prompt_beside_the_prompts_is_a_column():
+    data = PromptData([{"question": "aa", "prompt": "ba"}], tiny.tokenizer(), prompt_column="question")
+    assert data.prompts == ["aa"] and data.columns == {"prompt": ["ba"]}
 
 
 def test_a_conversation_in_a_dataset_is_the_same():
@@ -327,12 +392,47 @@ def test_the_mask_does_not_depend_on_the_pad_token(pad: str | None):
 
 
 def test_completions_are_decoded_by_mask_into_the_kind_of_their_prompt():
-    ids = tiny.tokenizer()(["aa ba ca", "da ea fa"], return_tensors="pt").input_ids
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert decode_completions(tiny.tokenizer(), ids, mask, ["x", "y"]) == ["aa ba", "da ea fa"]
-    assert decode_completions(tiny.tokenizer(), ids[:1], mask[:1], [chat("x")]) == [
-        [{"role": "assistant", "content": "aa ba"}]
-    ]
+    drawn = samples(tiny.tokenizer(), ["ga", "ha"], ["aa ba", "da ea fa"])
+    assert decode_completions(tiny.tokenizer(), drawn, ["ga", "ha"]) == [" aa ba", " da ea fa"]
+    one = drawn.take(torch.tensor([0]))
+    assert decode_completions(tiny.tokenizer(), one, [chat("ga")]) == [[{"role": "assistant", "content": "aa ba"}]]
+
+
+@pytest.mark.parametrize("kind", ["pieces", "bytes"])
+def test_prompt_and_completion_are_what_the_policy_wrote(kind: str):
+    """SentencePiece's tokenizers drop the space of the first token that they decode."""
+    tokenizer = pieces() if kind == "pieces" else tiny.byte_tokenizer()
+    for prompt, completion in [("The movie", " is bad"), ("The mov", "ie is"), ("bad", " ie"), ("é", "éé a")]:
+        drawn = samples(tokenizer, [prompt], [completion], tokenizer(prompt + completion).input_ids)
+        assert decode_completions(tokenizer, drawn, [prompt]) == [completion]
+    begun = [*chat("The movie"), {"role": "assistant", "content": "is"}]
+    drawn = samples(tokenizer, ["is"], [" bad"], tokenizer("is bad").input_ids)
+    assert decode_completions(tokenizer, drawn, [begun])[0][0]["content"] == " bad"
+
+
+def pieces() -> Any:
+    """As Llama 2's: a space is a mark on the token behind it, and a text begins with one."""
+    words = [*"▁abdehimorsvTé", "▁is", "▁bad", "▁The", "▁mov", "ie"]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((word, -1.0) for word in words)], 0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+def samples(tokenizer: Any, prompts: list[str], completions: list[str], whole: list[int] | None = None) -> Samples:
+    """Samples whose texts are given; `whole`: the tokens of the one prompt and its completion together."""
+    before = [tokenizer(p).input_ids for p in prompts]
+    after = [tokenizer(c).input_ids for c in completions] if whole is None else [whole[len(before[0]) :]]
+    width = max(map(len, after))
+    none = torch.zeros(len(prompts), dtype=torch.long)
+    return Samples(
+        prompt_ids=torch.tensor(before),
+        prompt_mask=torch.ones(len(before), len(before[0]), dtype=torch.bool),
+        completion_ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in after]),
+        completion_mask=torch.tensor([[t < len(ids) for t in range(width)] for ids in after]),
+        finished=none.bool(),
+        sample_ids=none,
+        group_ids=none,
+    )
 
 
 # ── order
@@ -366,3 +466,22 @@ def test_shares_partition_the_prompts(count: int, world: int):
     parts = [share(count, rank, world) for rank in range(world)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_several_templates_without_a_default_are_one_sentence():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = {"a": TEMPLATE, "b": TEMPLATE}
+    assert "the chat template: This model has multiple" in refusal([{"prompt": chat("aa")}], tokenizer=tokenizer)
+
+
+def test_a_template_file_that_is_no_text(tmp_path: Path):
+    (tmp_path / "t.jinja").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ConfigError, match=r"t\.jinja' cannot be read: it is no UTF-8"):
+        read_chat_template(str(tmp_path / "t.jinja"))
+
+
+def test_a_file_with_a_column_of_our_own(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "aa", "hfpg_row": 1}\n' * 5)
+    with pytest.raises(ConfigError, match="has a column 'hfpg_row', which hfpg adds itself; rename it"):
+        load_prompts(str(path), 1)

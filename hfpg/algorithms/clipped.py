@@ -35,7 +35,7 @@ class Clipped(Method):
         high = self.clip_range if self.clip_range_high is None else self.clip_range_high
         require(
             self.dual_clip is None or self.dual_clip > 1 + high,
-            f"dual_clip={self.dual_clip} must exceed 1 + the upper clip range {1 + high}; 3 is usual",
+            f"dual_clip={self.dual_clip} must exceed 1 + the upper clip range, {1 + high}; 3 is usual",
         )
 
     def surrogate(

@@ -73,9 +73,13 @@ class GRPO(Clipped):
             "objective='cispo' caps the ratio at is_cap, which is absolute and has no default here; is_cap=5 is usual",
         )
         require(
-            self.is_cap is None or (self.is_cap >= 1 and self.objective == "cispo"),
-            f"is_cap={self.is_cap} is the largest ratio of objective='cispo' and at least 1, such as 5; with "
-            f"objective={self.objective!r} clip_range is what counts",
+            self.is_cap is None or self.objective == "cispo",
+            f"is_cap={self.is_cap} is the largest ratio of objective='cispo'; with objective={self.objective!r} "
+            "clip_range is what counts: remove it",
+        )
+        require(
+            self.is_cap is None or self.is_cap >= 1,
+            f"is_cap={self.is_cap} is the largest ratio, and must be at least 1, such as 5",
         )
         if self.objective == "cispo":
             refuse_unread(self, "not read with objective='cispo', whose only bound is is_cap; remove it", "clip_range")

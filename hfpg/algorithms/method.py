@@ -255,7 +255,7 @@ class Method:
         if finished is not None:
             scores = scores - torch.where(finished, 0.0, self.missing_eos_penalty)
         if lengths is not None and self.soft_overlong > 0:
-            zone = math.ceil(self.soft_overlong * longest)
+            zone = math.ceil(round(self.soft_overlong * longest, 9))  # .07 · 100 is above 7 by rounding
             scores = scores - ((lengths - (longest - zone)) / zone).clamp(0, 1)
         return scores
 

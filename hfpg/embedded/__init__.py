@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from hfpg.config import require
 from hfpg.embedded.judge_b import judge_b
 
 
@@ -23,12 +24,16 @@ JUDGE_A = str(HERE / "judge-a")
 """Folder of the classifier that trains the policy: one logit, the predicted human rating from -4 to 4."""
 
 
-def prompts(split: Literal["train", "eval"]) -> list[str]:
-    """The prompts of a split: beginnings of two to four words. No sentence gives prompts to both splits."""
+def prompts(split: Literal["train", "eval"], most: int | None = None) -> list[str]:
+    """The prompts of a split, at most `most` of them: beginnings of two to four words.
+
+    No sentence gives prompts to both splits. Raises ConfigError unless `most` is 1 or more.
+    """
     lists = json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))
     if split not in lists:
         raise ValueError(f"split={split!r} is unknown; the splits are {', '.join(map(repr, lists))}")
-    return lists[split]
+    require(most is None or most >= 1, f"eval_prompts={most} must be at least 1, such as 256")
+    return lists[split][:most]
 
 
 __all__ = ["JUDGE_A", "MODEL", "NAME", "judge_b", "prompts"]

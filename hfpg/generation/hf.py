@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
-from hfpg.config import nearest, require
+from hfpg.config import ConfigError, nearest, require
+from hfpg.fields import fits, in_words
 from hfpg.generation.decoding import rung
 from hfpg.generation.loop import DecodeLoop
 from hfpg.generation.replay import Recorder
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Options of `generate` that leave the distribution of the tokens alone. Every other one is refused for training: the
 # policy that is scored must be the policy that was sampled.
-HARMLESS_OPTIONS = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "disable_compile")
+HARMLESS_OPTIONS: dict[str, Any] = {"use_cache": bool, "disable_compile": bool, "prefill_chunk_size": int}
+HARMLESS_OPTIONS |= {"cache_implementation": str, "cache_config": dict}  # name → kind
 SETTINGS = dict(
     max_new_tokens="max_completion_length", max_length="max_completion_length", eos_token_id="stop_token_ids"
 )
@@ -88,8 +90,7 @@ class HFGenerator:
         self.stop_token_ids = stop_token_ids
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
         self.options = dict(generation_kwargs or {})
-        for name in self.options:
-            refuse_option(name)
+        check_options(self.options)
         self.warpers = [TopKLogitsWarper(top_k)] if top_k > 0 else []
         self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         self.own_loop = True
@@ -182,16 +183,27 @@ class HFGenerator:
         return StopStringCriteria(self.tokenizer, self.stop_strings) if self.stop_strings else None
 
 
-def refuse_option(name: str) -> None:
-    """Raise ConfigError for an option of `generate` that is a setting of the run, unknown, or changes the draws."""
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ConfigError unless every option of `generate` leaves the draws alone and has a value that it can have."""
+    for name, value in options.items():
+        _refuse_option(str(name))
+        kind = HARMLESS_OPTIONS[name]
+        require(fits(value, kind), f"generation_kwargs has {name}={value!r:.60}; it must be {in_words(kind)}")
+    try:
+        GenerationConfig(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"generation_kwargs={options!r:.80}: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_option(name: str) -> None:
     require(
         name not in SETTINGS,
         f"generation_kwargs has {name!r}, which is set by {SETTINGS.get(name)}; remove it and set that",
     )
     require(
         hasattr(GenerationConfig(), name),
-        f"generation_kwargs has {name!r}, which is no option of generate{nearest(name, HARMLESS_OPTIONS)}; what may "
-        f"stand there is {', '.join(HARMLESS_OPTIONS)}",
+        f"generation_kwargs has {name!r}, which is no option of generate{nearest(name, list(HARMLESS_OPTIONS))}; what "
+        f"may stand there is {', '.join(HARMLESS_OPTIONS)}",
     )
     require(
         name in HARMLESS_OPTIONS,

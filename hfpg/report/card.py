@@ -62,6 +62,11 @@ class CardFacts:
     value_head: str | None = None
 
 
+def readable(folder: Path) -> str:
+    """A folder as a person names it: from the working folder where it lies in that."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
 def loadable(folder: Path) -> str:
     """A saved folder as "./path" from the working folder: no Hub id, such as "gpt2", looks like that.
 

@@ -6,24 +6,26 @@ from typing import Any
 
 import torch
 
+from hfpg.data import decode_after
 from hfpg.report.metrics import describe, distinct_2, top_bigram_share
 from hfpg.types import Rollout
 
 
-Shown = tuple[str, str, float]
-"""(prompt, completion, score)."""
+Shown = tuple[str, str, float | None]
+"""(prompt, completion, score); None: nobody scored it."""
 
 
 def shown(rollout: Rollout, tokenizer: Any) -> list[Shown]:
     """Every row, decoded, in the rollout's order."""
 
-    def decode(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    def rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+        return [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
 
-    prompts = decode(rollout.prompt_ids, rollout.prompt_mask)
-    completions = decode(rollout.completion_ids, rollout.completion_mask)
-    return list(zip(prompts, completions, rollout.scores.tolist(), strict=True))
+    prompts = tokenizer.batch_decode(rows(rollout.prompt_ids, rollout.prompt_mask), skip_special_tokens=True)
+    drawn = rows(rollout.completion_ids, rollout.completion_mask)
+    completions = decode_after(tokenizer, rollout.prompt_ids[:, -1].tolist(), drawn)
+    known = zip(rollout.scores.tolist(), rollout.weights.tolist(), strict=True)
+    return list(zip(prompts, completions, [score if weight else None for score, weight in known], strict=True))
 
 
 def records(step: int, rows: list[Shown], extra: dict[str, list]) -> list[dict[str, Any]]:

@@ -22,14 +22,14 @@ def describe(rollout: Rollout, by_function: dict[str, list[float | None]]) -> di
     length, finished        tokens per completion; share that ended by a stop token
     sampler_gap             largest |log μ − log π_old|: rounding only, or sampling and scoring disagree; absent where
                             the one is taken for the other
-    unscored                share of completions that no reward function judged
+    unscored                share of completions without a score: all abstained, or a failure dropped it
     baseline_score          mean score of the greedy completions, or of the prompts, where the baseline is that
     baseline_correlation    of that score with the completions' scores: near 0 it saves no variance
     """
     w, mask = rollout.weights, rollout.completion_mask
     found = {
-        "score": float(row_mean(rollout.scores, w)),
-        "score_std": float(row_std(rollout.scores, w)),
+        "score": float(row_mean(rollout.scores, w)) if w.any() else float("nan"),
+        "score_std": float(row_std(rollout.scores, w)) if w.any() else float("nan"),
         "entropy": float(masked_mean(rollout.entropy, mask, torch.ones_like(w))),
         "length": float(mask.sum(1).float().mean()),
         "finished": float(rollout.finished.float().mean()),

@@ -71,7 +71,7 @@ class Recorder:
                 text = path.read_text(encoding="utf-8", errors="replace")
                 lines = [line for line in text.split("\n") if _step(line) <= step]
                 if evaluation:
-                    lines = [line for line in lines if _step(line) < step or '"eval_' not in line]
+                    lines = [line for line in lines if _step(line) < step or "eval_score" not in json.loads(line)]
                 fresh = path.with_name(f"{name}.tmp")  # a disk that is full meanwhile takes nothing away
                 fresh.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
                 os.replace(fresh, path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
@@ -18,11 +20,11 @@ from rich.text import Text
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COLUMNS = (  # metric, heading, format
-    ("score", "score", "{:+.3f}"),
-    ("kl_to_ref", "KL", "{:z.2f}"),  # z: rounding gives no -0.00
-    ("entropy", "entropy", "{:.2f}"),
-    ("length", "length", "{:.1f}"),
-    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("score", "score", "+.3f"),
+    ("kl_to_ref", "KL", "z.2f"),  # z: rounding gives no -0.00
+    ("entropy", "entropy", ".2f"),
+    ("length", "length", ".1f"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
 )
 
 
@@ -30,6 +32,11 @@ def printable(text: object, limit: int = 300) -> Text:
     """Foreign text, fit for a terminal: no control or direction characters, no markup, cut at `limit`."""
     clean = CONTROL.sub(lambda m: "⏎" if m[0] == "\n" else "·", str(text))
     return Text(clean if len(clean) <= limit else clean[: limit - 1] + "…")
+
+
+def signed(score: float | None, form: str = "+.2f") -> str:
+    """A score; a dash where there is none."""
+    return "–" if score is None or math.isnan(score) else format(score, form)
 
 
 def spoken(seconds: float) -> str:
@@ -55,7 +62,7 @@ class Terminal:
             self.console.file.reconfigure(errors="replace")
         self.total, self.started, self.first_step = total, time.monotonic(), 0
         self.live: Live | None = None
-        if self.console.is_terminal and not plain and not quiet:
+        if self.console.is_terminal and not self.console.is_dumb_terminal and not plain and not quiet:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
 
     def start(self, step: int) -> None:
@@ -73,21 +80,26 @@ class Terminal:
         """The numbers of a step."""
         elapsed = time.monotonic() - self.started
         left = elapsed / max(step - self.first_step, 1) * (self.total - step)
-        shown = [(heading, form.format(metrics[name])) for name, heading, form in COLUMNS if name in metrics]
+        shown = [(heading, signed(metrics[name], form)) for name, heading, form in COLUMNS if name in metrics]
         if self.live is None:
             numbers = "  ".join(f"{heading} {value}" for heading, value in shown)
             self.say(f"step {step:>4}/{self.total}  {numbers}  ETA {spoken(left)}")
             return
+        count = Text(f"{step}/{self.total}", style="bold")
+        cells = [Text.assemble((f"{heading} ", "dim"), value) for heading, value in shown]
+        cells.append(Text.assemble(("ETA ", "dim"), spoken(left)))
+        bar = 24
+        room = self.console.width - cell_len(count.plain) - 2
+        while sum(cell_len(cell.plain) + 2 for cell in cells) + bar + 2 > room and (bar > 8 or len(cells) > 1):
+            if bar > 8:
+                bar -= 8
+            else:
+                del cells[-2]  # the ETA stays
         table = Table.grid(padding=(0, 2))
-        table.add_row(
-            ProgressBar(total=self.total, completed=step, width=24),
-            Text(f"{step}/{self.total}", style="bold"),
-            *[Text.assemble((f"{heading} ", "dim"), value) for heading, value in shown],
-            Text.assemble(("ETA ", "dim"), spoken(left)),
-        )
+        table.add_row(ProgressBar(total=self.total, completed=step, width=bar), count, *cells)
         self.live.update(table)
 
-    def completions(self, title: str, rows: Sequence[tuple[str, str, float]]) -> None:
+    def completions(self, title: str, rows: Sequence[tuple[str, str, float | None]]) -> None:
         """A few (prompt, completion, score)."""
         table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False, expand=False)
         table.add_column("score", justify="right", no_wrap=True)
@@ -95,10 +107,10 @@ class Terminal:
         for prompt, completion, score in rows:
             text = printable(prompt).copy()
             text.stylize("dim")
-            table.add_row(Text(f"{score:+.2f}"), text + printable(completion))
+            table.add_row(Text(signed(score)), text + printable(completion))
         self.console.print(table)
 
-    def before_after(self, rows: Sequence[tuple[str, str, float, str, float]]) -> None:
+    def before_after(self, rows: Sequence[tuple[str, str, float | None, str, float | None]]) -> None:
         """The same prompts before and after: (prompt, completion, score, completion, score)."""
         table = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
         for heading in ("before", "after"):
@@ -108,9 +120,9 @@ class Terminal:
             start = printable(prompt)
             start.stylize("dim")
             table.add_row(
-                Text(f"{score_before:+.2f}"),
+                Text(signed(score_before)),
                 start + printable(before),
-                Text(f"{score_after:+.2f}", style="bold"),
+                Text(signed(score_after), style="bold"),
                 start + printable(after),
             )
         self.console.print(table)
@@ -127,14 +139,18 @@ class Terminal:
         pairs = list(zip(first["shown"], last["shown"], strict=True))[:shown]
         self.before_after([(p, b, s, a, t) for (p, b, s), (_, a, t) in pairs])
         names = [n for n in first["metrics"] if n.startswith("eval_scores/")]
+        if all(last["metrics"][n] != last["metrics"]["eval_score"] for n in names):  # of several judges: their sum
+            names = ["eval_score", *names]
         names += [f"eval_{n}" for n in ("kl_to_ref", "length", "entropy", "distinct_2", "top_bigram_share")]
         rows = [
             (n.removeprefix("eval_"), first["metrics"][n], last["metrics"][n]) for n in names if n in last["metrics"]
         ]
+        width = max(18, *(len(name) for name, *_ in rows))
         self.panel(
             f"{len(first['shown'])} held-out prompts, before → after {last['step']} steps",
             [
-                f"{name:<18}{before:+z8.3f}  →  {after:+z8.3f}   ({after - before:+z.3f})"
+                f"{name:<{width}}{signed(before, '+z8.3f')}  →  {signed(after, '+z8.3f')}   "
+                f"({signed(after - before, '+z.3f')})"
                 for name, before, after in rows
             ],
         )

@@ -13,6 +13,9 @@ NUMBER = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?:\.\d*)?\
 POWER = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")  # as Python writes small and large floats
 MIXED = re.compile(r"(-?\d+) (\d+)/(\d+)")
 PI, TEX_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "
+FUNCTION, TEX_FUNCTION = re.compile(r"(?<![A-Za-z\\])(ln|log|sin|cos|tan|exp)(?![A-Za-z])"), r"\\\1 "
+ROOT, TEX_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s*(\d+)"), r"\\sqrt{\1}"
+MODULO = re.compile(r"(?<![A-Za-z\\])mod(?![A-Za-z])")
 UNREAD = re.compile(r"[√∛∜∞½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞²³¹⁰⁴-⁹]")  # math-verify reads 2√3 and 2² as 2
 
 # what has letters and is no word: commands, text in braces, names in indices, connectives of lists
@@ -38,6 +41,9 @@ def gold_text(answer: str) -> str:
         return rf"${power[1]} \cdot 10^{{{int(power[2])}}}$"
     if mixed := MIXED.fullmatch(answer):
         return rf"${mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}$"
+    answer = ROOT.sub(TEX_ROOT, FUNCTION.sub(TEX_FUNCTION, answer)) if any(c.isdigit() for c in answer) else answer
+    if MIXED.search(answer) or MODULO.search(answer):
+        return ""
     if NUMBER.fullmatch(answer) or WORD.search(NO_WORD.sub(" ; ", answer)):
         return answer
     if UNREAD.search(answer):

@@ -425,6 +425,11 @@ def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) ->
     async def one(function: RewardFunction) -> Any:
         try:
             return await function.call(**function.arguments(everything))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():  # it is the run that ends
+                raise
+            return named(function, RuntimeError(f"a task that it awaits was cancelled {error}".strip()))
         except (Exception, SystemExit) as error:  # sys.exit in somebody's function would end the run unexplained
             return named(function, error)
 

@@ -14,7 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from hfpg.config import ConfigError, nearest, require
 from hfpg.rewards.model_judge import ModelJudge, in_batches
-from hfpg.types import Text
+from hfpg.types import Text, ends_in_answer
 
 
 class Tokens(NamedTuple):
@@ -188,6 +188,9 @@ def as_text(tokenizer: Any, prompt: Text, completion: Text) -> str:
         prompt = [{"role": "user", "content": prompt}] if prompt else []
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
+    if ends_in_answer(prompt) and completion:  # one answer, in two pieces
+        whole = f"{prompt[-1]['content']}{completion[0]['content']}"
+        prompt, completion = prompt[:-1], [completion[0] | {"content": whole}, *completion[1:]]
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 

@@ -24,7 +24,7 @@ from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.ops.logprobs import chosen_logprobs
 from hfpg.rewards.model_judge import ModelJudge, in_batches
 from hfpg.rewards.rules import message_text, optional, text_of
-from hfpg.types import Text
+from hfpg.types import Text, ends_in_answer
 
 
 class Row(NamedTuple):
@@ -120,7 +120,8 @@ class Fluency(ModelJudge):
                 f"the judge {self.name!r} has no chat template, and the prompts are conversations; set "
                 "given_prompt=False to judge completions alone"
             )
-        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        how = "continue_final_message" if ends_in_answer(prompt) else "add_generation_prompt"
+        return self.tokenizer.apply_chat_template(prompt, tokenize=False, **{how: True})
 
 
 class CausalFluency(Fluency):

@@ -165,10 +165,11 @@ class ModelJudge(ABC):
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """No gradient and no dropout; afterwards the model is in the mode in which it was."""
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training

@@ -283,7 +283,7 @@ def exact_answer(
         return found[-1][1 if finder.groups else 0] if found else None
 
     def score(text: str, answer: Any) -> float | None:
-        answers = [a for a in (answer if isinstance(answer, list | tuple) else [answer]) if a not in (None, "")]
+        answers = _each(answer)
         wanted = [written for a in answers for written in _written(a)]
         if not wanted:
             return None
@@ -304,10 +304,10 @@ def maths_answer(column: str = "answer", *, seconds: int = 5, name: str = "maths
     r"""1 where the completion's last expression equals the row's answer as mathematics (math-verify), else 0.
 
     `0.5`, `1/2` and `\boxed{\frac{1}{2}}` are equal. A row's answer may be bare (`2\sqrt{3}`, `(3, 5)`); what a
-    completion says beyond plain numbers and fractions must stand between dollars or in a box. None where the row's
-    answer is missing or cannot be read; a completion in which nothing can be read, or whose comparison takes longer
-    than `seconds`, is wrong. The work is done in a process of its own: `\boxed{10^{10^{10^{10}}}}` would otherwise
-    stop the run for ever. Extra: `math`.
+    completion says beyond plain numbers and fractions must stand between dollars or in a box. Of a list of answers
+    any will do. None where the row's answer is missing or cannot be read; a completion in which nothing can be read,
+    or whose comparison takes longer than `seconds`, is wrong. The work is done in a process of its own:
+    `\boxed{10^{10^{10^{10}}}}` would otherwise stop the run for ever. Extra: `math`.
     """
     require(isinstance(seconds, int) and seconds >= 1, f"seconds={seconds!r} must be a whole number, at least 1")
     require(
@@ -319,9 +319,17 @@ def maths_answer(column: str = "answer", *, seconds: int = 5, name: str = "maths
     def rule(completions: list[Text], **columns: Any) -> list[float | None]:
         answers = column_of(column, columns, name)
         pairs = zip(completions, answers, strict=True)
-        return [None if a in (None, "") else compare(gold_text(str(a)), text_of(c)) for c, a in pairs]
+        return [_best([compare(gold_text(str(a)), text_of(c)) for a in _each(answers)]) for c, answers in pairs]
 
     return named(rule, name)
+
+
+def _each(answers: Any) -> list[Any]:
+    return [a for a in (answers if isinstance(answers, list | tuple) else [answers]) if a not in (None, "")]
+
+
+def _best(scores: Sequence[float | None]) -> float | None:
+    return max((s for s in scores if s is not None), default=None)
 
 
 class _MathsProcess:

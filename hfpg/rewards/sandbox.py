@@ -48,25 +48,26 @@ class Sandbox(Protocol):
         """
 
 
-FENCE = re.compile(r"[ \t]*(`{3,})([^`]*)")  # and whatever the info string says: ```python title="a.py"
+FENCE = re.compile(r"([ \t]*)(`{3,})([^`]*)")  # and whatever the info string says: ```python title="a.py"
 
 
 def code_in(text: str) -> str:
     """The program in a completion: the last ``` block, or all of it where there is none.
 
-    A block that the end of the text cuts is one; a fence with nothing behind it is none.
+    A block that the end of the text cuts is one; a fence with nothing behind it is none. A fence that is indented, as
+    in a list, takes as much off its lines.
     """
     blocks: list[list[str]] = []
-    ticks = 0  # of the fence of the open block; 0: none is open
+    ticks, indent = 0, 0  # of the fence of the open block; 0 ticks: none is open
     for line in text.replace("\r\n", "\n").splitlines(keepends=True):
         fence = FENCE.fullmatch(line)
         if fence is not None and not ticks:
             blocks.append([])
-            ticks = len(fence[1])
-        elif fence is not None and len(fence[1]) >= ticks and not fence[2].strip():
+            indent, ticks = len(fence[1]), len(fence[2])
+        elif fence is not None and len(fence[2]) >= ticks and not fence[3].strip():
             ticks = 0
         elif ticks:
-            blocks[-1].append(line)
+            blocks[-1].append(line[min(indent, len(line) - len(line.lstrip(" \t"))) :])
     if ticks and not "".join(blocks[-1]).strip():
         blocks.pop()
     return "".join(blocks[-1]) if blocks else text
@@ -124,7 +125,9 @@ def code_tests(
             return result.exit_code == 0 and _lines(result.stdout)[-1:] == [reached]
         if not (isinstance(test, Mapping) and {"input", "output"} <= set(test)):
             raise ConfigError(f'{name}: {test!r:.60} is no test; give {{"input": …, "output": …}} or Python as text')
-        result = run(program, str(test["input"]))
+        if test["output"] is None:
+            raise ConfigError(f"{name}: {test!r:.60} has no output; a test says what must be printed")
+        result = run(program, "" if test["input"] is None else str(test["input"]))  # absent, where others have one
         return result.exit_code == 0 and _lines(result.stdout) == _lines(str(test["output"]))
 
     def rule(completions: list[Text], **columns: Any) -> list[float | None]:

@@ -164,3 +164,17 @@ def test_a_configuration_that_insists_on_its_padding():
         model, data.rows(range(4), torch.arange(4), 1, "cpu")
     )
     assert samples.completion_mask.any() and model.config.pad_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cache_implementation": "foo"}, "Invalid `cache_implementation` .foo."),
+        ({"use_cache": "no"}, "generation_kwargs has use_cache='no'; it must be True or False"),
+        ({"prefill_chunk_size": 1.5}, "prefill_chunk_size=1.5; it must be a whole number"),
+        ({3: 1}, "generation_kwargs has '3', which is no option of generate"),
+    ],
+)
+def test_values_that_an_option_cannot_have_are_refused_before_the_model_loads(options, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        build.trainer(tmp_path, model="no/model", generation_kwargs=options)

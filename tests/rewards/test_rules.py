@@ -252,6 +252,12 @@ def test_mathematics_is_compared_as_mathematics():
         ("72%", "72%", "71%"),
         (".5", "0.5", "5"),
         ("-7", "-7", "7"),
+        ("ln 2", r"\boxed{\ln 2}", "2"),
+        ("log 8", r"$\log 8$", "8"),
+        ("sin 30", r"\boxed{\sin 30}", "30"),
+        ("2 ln 3", r"$2\ln 3$", "3"),
+        ("2*sin(3)", r"\boxed{2\sin(3)}", "2"),
+        ("sqrt 3", r"\boxed{\sqrt 3}", "3"),
     ],
 )
 def test_a_gold_answer_is_read_whole(gold: str, right: str, wrong: str):
@@ -261,8 +267,14 @@ def test_a_gold_answer_is_read_whole(gold: str, right: str, wrong: str):
 
 def test_a_gold_answer_that_would_be_misread_is_not_judged():
     pytest.importorskip("math_verify", reason="hfpg[math]")
-    golds = ["2√3", "2²", "½", "no number here", "Yes", "sin(x)"]
-    assert scores(MATHS, ["2"] * 6, answer=golds) == [None] * 6
+    golds = ["2√3", "2²", "½", "no number here", "Yes", "sin(x)", "2 1/2 hours", "5 mod 7"]
+    assert scores(MATHS, ["2"] * 8, answer=golds) == [None] * 8
+
+
+def test_any_of_several_gold_answers_will_do():
+    pytest.importorskip("math_verify", reason="hfpg[math]")
+    golds = [["1/2", "7"], ["1/2", "7"], ["no number", None], []]
+    assert scores(MATHS, ["7", "8", "7", "7"], answer=golds) == [1, 0, None, None]
 
 
 def test_mathematics_ends_in_any_thread():

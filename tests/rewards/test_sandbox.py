@@ -113,6 +113,7 @@ def test_the_program_is_the_last_block_or_all():
     assert code_in("print(1)") == "print(1)"
     assert code_in("a\n```\none\n```\nb\n  ```python3 \ntwo\n```\n") == "two\n"
     assert code_in("inline ```x``` is none") == "inline ```x``` is none"
+    assert code_in("1. So:\n\n   ```\n   if n:\n       print(n)\n\n  x\n   ```\n") == "if n:\n    print(n)\n\nx\n"
 
 
 def test_fences_are_found_however_they_are_written():
