@@ -89,17 +89,18 @@ def slug(name: str) -> str:
 
 
 def prepare_output_dir(
-    args: TrainConfig, algorithm: Any, model_name: str, accelerator: Accelerator
+    args: TrainConfig, algorithm: Any, model_name: str, accelerator: Accelerator, here: Path
 ) -> tuple[Path, list[Path]]:
     """The run's folder, made and proven writable, and the folders made for it; all ranks get the main process's.
 
+    It is the whole path, from the working folder `here` on: a reward function may change that later.
     What an earlier run left there stays until `clear_folder`. Raises ConfigError for a folder that is a file or cannot
     be written, a checkpoint to resume from that is none, and for the newest checkpoint of a folder that is not named.
     """
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            chosen = [_output_dir(args, algorithm, model_name)]
+            chosen = [_output_dir(args, algorithm, model_name, here)]
         except ConfigError as error:
             chosen = [error]
     broadcast_object_list(chosen)
@@ -109,16 +110,16 @@ def prepare_output_dir(
     return folder, made
 
 
-def _output_dir(args: TrainConfig, algorithm: Any, model_name: str) -> tuple[Path, list[Path]]:
+def _output_dir(args: TrainConfig, algorithm: Any, model_name: str, here: Path) -> tuple[Path, list[Path]]:
     refuse_newest_of_nothing(args.resume_from_checkpoint, args.output_dir)
     if args.output_dir is None:
-        base = Path("runs") / f"{slug(type(algorithm).__name__)}-{slug(model_name)}"
+        base = here / "runs" / f"{slug(type(algorithm).__name__)}-{slug(model_name)}"
         folder, number = base, 1
         while folder.exists():
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
     else:
-        folder = Path(args.output_dir)
+        folder = here / args.output_dir
     require(not folder.is_file(), f"output_dir={str(folder)!r} is a file; name a folder")
     find_checkpoint(args.resume_from_checkpoint, folder)  # refuses a path that is no checkpoint
     made = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -93,6 +93,7 @@ class PolicyGradientTrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         generator: Any = None,
     ):
+        self.here = Path.cwd()
         args = check_arguments(algorithm, args, callbacks, peft_config, generator)
         model, ref_model = named_or_made(model), named_or_made(ref_model, "ref_model", optional=True)
         self.accelerator = launch(args)
@@ -246,7 +247,7 @@ class PolicyGradientTrainer:
                 f"eval_score rose to {metrics['eval_score']:+.3f} and {name} fell to {metrics[name]:+.3f}, beyond "
                 f"chance and in {watch.falling} evaluations in a row: the policy is learning the judge's weaknesses. "
                 f"The best by {name} ({watch.best:+.3f}, step {watch.best_step}) is in "
-                f"{readable(self.output_dir / 'best')}; a larger kl_coef holds it nearer to the reference"
+                f"{self._path(self.output_dir / 'best')}; a larger kl_coef holds it nearer to the reference"
             )
         if enough:
             self.control.should_training_stop = True
@@ -405,9 +406,8 @@ class PolicyGradientTrainer:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
         count = len(self.evaluations)
         require(count > 1, f"summary compares two evaluations; there are {count}: evaluate before and after train()")
-        self.terminal.summary(
-            self.evaluations[0], self.evaluations[-1], readable(saved), readable(self.output_dir), prompts
-        )
+        where = self._path(saved), self._path(self.output_dir)
+        self.terminal.summary(self.evaluations[0], self.evaluations[-1], *where, prompts)
 
     # ── before the loop: what can be refused is refused before the model loads ─────────────────────────────────────
 
@@ -456,10 +456,11 @@ class PolicyGradientTrainer:
 
     def _choose_folder(self, model: Any) -> Any:  # a context: the checks that follow
         args, self.model_name = self.args, preflight.name_of(model)
-        named, made = preflight.prepare_output_dir(args, self.algorithm, self.model_name, self.accelerator)
-        self.output_dir = named.absolute()  # a judge may change the working folder
+        wanted = args, self.algorithm, self.model_name, self.accelerator
+        self.output_dir, made = preflight.prepare_output_dir(*wanted, self.here)
         self.occupied = bool(preflight.left_by_a_run(self.output_dir))
-        self.named_dir, self.args = args.output_dir, dataclasses.replace(args, output_dir=str(named))
+        self.named_dir = args.output_dir
+        self.args = dataclasses.replace(args, output_dir=self._path(self.output_dir))
         return preflight.folder_on_trial(made)
 
     def _load(self, model: Any, peft_config: Any) -> ActorCritic:
@@ -568,9 +569,9 @@ class PolicyGradientTrainer:
         elif resume:
             preflight.refuse_newest_of_nothing(resume, self.named_dir)
             torn = self.output_dir / "interrupted"
-            weights = f" (weights of an update that was cut short are in {readable(torn)})" if torn.exists() else ""
+            weights = f" (weights of an update that was cut short are in {self._path(torn)})" if torn.exists() else ""
             self.terminal.say(
-                f"no checkpoint in {readable(self.output_dir)} to resume from: starting at step 0{weights}"
+                f"no checkpoint in {self._path(self.output_dir)} to resume from: starting at step 0{weights}"
             )
         unseen, self._claimed = self.occupied and not self._claimed, True
         if self.value_head_from is not None and path is None:
@@ -618,6 +619,9 @@ class PolicyGradientTrainer:
             url = self.push_to_hub()
             self.terminal.say(f"pushed to {url}")
 
+    def _path(self, folder: Path) -> str:
+        return readable(folder, self.here)
+
     def _save_before_the_end(self) -> None:
         with suppress(OSError):  # a log on a full disk, say
             self.terminal.stop()
@@ -638,5 +642,5 @@ class PolicyGradientTrainer:
             where = write_checkpoint(self)
         again = "start from" if self.updating else "resume_from_checkpoint=True goes on from"
         self.terminal.say(
-            f"stopped at step {self.state.global_step}; what was trained is saved: {again} {readable(where)}"
+            f"stopped at step {self.state.global_step}; what was trained is saved: {again} {self._path(where)}"
         )

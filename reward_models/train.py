@@ -370,10 +370,8 @@ def run(trainer: Trainer, checkpoint: str | None) -> dict[str, Any]:
             trainer.state = state
             return {"steps": begun, "train_loss": None, "minutes": 0.0, "resumed_at": begun}
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    steps = trainer.state.global_step
-    # transformers divides the losses since the resume by the number of all steps
-    loss = result.training_loss * steps / max(1, steps - begun)
-    facts = {"steps": steps, "train_loss": loss, "minutes": (time.perf_counter() - start) / 60}
+    minutes = (time.perf_counter() - start) / 60
+    facts = {"steps": trainer.state.global_step, "train_loss": result.training_loss, "minutes": minutes}
     return facts | ({} if checkpoint is None else {"resumed_at": begun})  # loss and minutes are those from there on
 
 

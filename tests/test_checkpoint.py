@@ -1,12 +1,15 @@
 """Checkpoints that were damaged, swapped or meant for another run; and what a resumed run must remember."""
 
+import dataclasses
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from hfpg import ConfigError
 from hfpg.algorithms import PPO, RLOO, TRPO
@@ -320,3 +323,170 @@ def test_texts_are_not_learnt_for_a_folder_that_cannot_be_written(tmp_path, monk
     monkeypatch.setattr("hfpg.sft.Trainer", None)
     with pytest.raises(ConfigError, match="cannot be written: Not a directory; name another"):
         fine_tune(tiny.model(), tiny.tokenizer(), ["aa ba"], output_dir=tmp_path / "file" / "sft")
+
+
+# ── the edges of going on
+
+
+def test_a_signal_while_a_checkpoint_is_read_leaves_it_as_it_is(tmp_path, monkeypatch):
+    def run():
+        return build.trainer(tmp_path, algorithm=RLOO(replay=1, off_policy="token"), save_steps=2)
+
+    run().train()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert "replay.safetensors" in before
+    again = run()
+
+    def stop(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(again.replay, "load", stop)
+    with pytest.raises(SystemExit):
+        again.train(resume_from_checkpoint=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == before
+
+
+def test_an_empty_mark_of_the_best_model_is_another_ones(tmp_path):
+    settings = dict(eval_dataset=HELD, eval_steps=1, save_steps=1, keep_best_by="eval_scores/count_a")
+    build.trainer(tmp_path, **settings).train()
+    (tmp_path / "best" / "hfpg_step").write_text("")
+    build.trainer(tmp_path, max_steps=3, **settings).train(resume_from_checkpoint=True)
+    assert (tmp_path / "best.abandoned").is_dir() and (tmp_path / "best" / "hfpg_step").read_text() == "3"
+
+
+def test_nothing_is_removed_for_a_resume_that_is_refused(finished, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(finished[0], tmp_path / name)
+    with pytest.raises(ConfigError, match="was trained with other settings"):
+        build.trainer(tmp_path / "a", learning_rate=1e-2, overwrite_output_dir=True).train(
+            resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")
+        )
+    assert (tmp_path / "a" / "checkpoint-4").is_dir() and (tmp_path / "a" / "metrics.jsonl").is_file()
+
+
+def test_a_link_to_a_checkpoint_of_the_same_folder_is_that_checkpoint(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "a")
+    (tmp_path / "latest").symlink_to(tmp_path / "a" / "checkpoint-2")
+    run = build.trainer(tmp_path / "a", max_steps=4, save_steps=1, overwrite_output_dir=True)
+    run.train(resume_from_checkpoint=str(tmp_path / "latest"))
+    assert torch.equal(parameters(run), finished[1]) and (tmp_path / "a" / "checkpoint-1").is_dir()
+
+
+def kinds(folder):
+    """(step, what it is) of every line of metrics.jsonl."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], "evaluation" if "eval_score" in row else "step") for row in rows]
+
+
+def test_the_evaluation_before_the_first_step_stays_where_there_is_nothing_to_resume(tmp_path):
+    for _ in range(2):  # a folder that is new, and one in which a run has died before its first checkpoint
+        run = build.trainer(tmp_path, eval_dataset=HELD)
+        run.evaluate()
+        run.train(resume_from_checkpoint=True)
+        assert kinds(tmp_path) == [(0, "evaluation"), (1, "step"), (2, "step")]
+        shutil.rmtree(tmp_path / "checkpoint-2")
+
+
+class Fails(TrainerCallback):
+    """Raises at one event of one step, once."""
+
+    def __init__(self, event, step):
+        setattr(self, event, self.fail)
+        self.step, self.done = step, False
+
+    def fail(self, args, state, control, **kwargs):
+        if state.global_step == self.step and not self.done:
+            self.done = True
+            raise OSError("the tracker is down")
+
+
+class EndsEpoch(TrainerCallback):
+    """Goes on with the next epoch at step 2."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 2
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
+def test_a_step_whose_callback_fails_is_written_down_and_is_over(event, tmp_path):
+    settings = dict(max_steps=4, completions_steps=1)
+    whole = build.trainer(tmp_path / "whole", callbacks=[EndsEpoch()], **settings)
+    whole.train()
+    failed = build.trainer(tmp_path / "run", callbacks=[EndsEpoch(), Fails(event, 2)], **settings)
+    with pytest.raises(OSError, match="the tracker is down"):
+        failed.train()
+    again = build.trainer(tmp_path / "run", callbacks=[EndsEpoch()], **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(whole))
+    assert [step for step, _ in kinds(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [row["step"] for row in again.state.log_history] == [1, 2, 3, 4]
+    texts = [(tmp_path / name / "completions.jsonl").read_text() for name in ("run", "whole")]
+    assert texts[0] == texts[1]
+
+
+def test_a_run_that_its_evaluations_have_ended_stays_ended(tmp_path, capsys):
+    def run(patience):
+        same = dict(reward=lambda completions: [0.5] * len(completions), eval_dataset=HELD, eval_steps=1)
+        return build.trainer(tmp_path, callbacks=[EarlyStoppingCallback(patience)], max_steps=9, save_steps=1, **same)
+
+    ended = run(2)
+    ended.train()
+    for patience, steps in ((2, ended.state.global_step), (4, ended.state.global_step + 2)):
+        again = run(patience)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == steps
+    assert f"ended at step {ended.state.global_step}, by EarlyStoppingCallback(2); a larger one goes on" in (
+        capsys.readouterr().out.replace("\n", " ")
+    )
+
+
+def test_a_judge_may_change_the_working_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def wanders(completions):
+        os.chdir(tmp_path / "elsewhere")
+        return tiny.count_a(completions)
+
+    run = build.trainer("runs/r", reward=wanders, save_steps=1)
+    run.train()
+    assert sorted(p.name for p in (tmp_path / "runs" / "r").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_card_of_a_run_that_was_at_its_end_has_its_results(tmp_path):
+    settings = dict(eval_dataset=HELD, eval_on_start=True, eval_steps=1)
+    whole = build.trainer(tmp_path, **settings)
+    whole.train()
+    again = build.trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    results = [run.model_card().split("## Results")[1].split("## ")[0] for run in (whole, again)]
+    assert results[0] == results[1]
+
+
+def test_a_metric_of_a_judge_may_be_called_like_one_of_an_evaluation(tmp_path):
+    run = build.trainer(tmp_path, max_steps=1)
+    for values in ({"score": 1.0, "logged/eval_time": 2.0}, {"eval_score": 1.0}):
+        run.recorder.metrics(1, values)
+    run.recorder.rewind(1, evaluation=True)
+    assert kinds(tmp_path) == [(1, "step")]
+
+
+def test_a_method_with_a_function_among_its_settings_can_be_resumed(tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Shaped(RLOO):
+        shape: object = None
+
+    for steps in (1, 2):
+        build.trainer(tmp_path, algorithm=Shaped(shape=lambda x: x), max_steps=steps).train(
+            resume_from_checkpoint=True
+        )
+    assert [step for step, _ in kinds(tmp_path)] == [1, 2]
+
+
+def test_another_length_of_a_run_whose_rate_falls_is_said(finished, tmp_path, capsys):
+    for kind, said in (("linear", True), ("constant", False)):
+        folder = tmp_path / kind
+        build.trainer(folder, max_steps=1, lr_scheduler_type=kind).train()
+        build.trainer(folder, max_steps=2, lr_scheduler_type=kind).train(resume_from_checkpoint=True)
+        assert ("note: max_steps was 1 and is 2: the linear" in capsys.readouterr().out.replace("\n", " ")) == said

@@ -62,9 +62,9 @@ class CardFacts:
     value_head: str | None = None
 
 
-def readable(folder: Path) -> str:
-    """A folder as a person names it: from the working folder where it lies in that."""
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+def readable(folder: Path, here: Path) -> str:
+    """A folder as a person names it: from `here` where it lies in that."""
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def loadable(folder: Path) -> str:

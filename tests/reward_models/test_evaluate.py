@@ -59,6 +59,12 @@ def judge(tmp_path):
         "def lost(completions, **columns):\n    return [float('nan') if c == 'b' else 1.0 for c in completions]\n"
         "def short(completions, **columns):\n    return [1.0]\n"
         "def wordy(completions, **columns):\n    return ['good' for c in completions]\n"
+        "def fails(completions, **columns):\n    raise ValueError('no model')\n"
+        "def scalar(completions):\n    return 1.0\n"
+        "def answers(completions, answer):\n    return [1.0 for c in completions]\n"
+        "def told(completions, trainer_state, log_metric, log_extra):\n"
+        "    log_metric('n', trainer_state.global_step)\n"
+        "    log_extra('x', completions)\n    return [float(len(c)) for c in completions]\n"
         "async def slow(completions, **columns):\n    return [1.0 for c in completions]\n"
     )
     rows = [{"prompt": "p", "chosen": "aaa", "rejected": "b"}, {"prompt": "p", "chosen": "c", "rejected": "dd"}]
@@ -87,15 +93,31 @@ def test_pairs_that_the_judge_abstains_from_are_counted(judge, tmp_path):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("lost", "the judge 'lost' returned nan for text 0; a score is a finite number, or None"),
-        ("wordy", "the judge 'wordy' returned 'good' for text 0; a score is a finite number"),
-        ("short", "the judge 'short' returned 1 scores for 2 texts; it must return one each"),
+        ("lost", "reward function 'lost' returned nan for sample 0"),
+        ("wordy", "reward function 'wordy' returned .*good"),
+        ("short", "reward function 'short' returned 1 scores for 2 completions"),
+        ("fails", "reward function 'fails' raised ValueError: no model"),
+        ("scalar", "reward function 'scalar' returned"),
+        ("answers", "reward function 'answers' .*answer"),
     ],
 )
 def test_a_failed_score_is_never_a_number(judge, name, sentence):
     path, data = judge
     with pytest.raises(ConfigError, match=sentence):
         main(["--judge", f"{path}:{name}", "--dataset", data])
+
+
+def test_a_judge_gets_what_it_gets_in_training(judge, tmp_path):
+    path, data = judge
+    facts = main(["--judge", f"{path}:told", "--dataset", data, "--output", str(tmp_path / "eval.json")])
+    assert facts["accuracy"] == 0.5
+
+
+def test_margins_are_not_read(judge, tmp_path):
+    path, _ = judge
+    rows = [{"prompt": "p", "chosen": "aaa", "rejected": "b", "margin": -1.0}]
+    data = write(tmp_path / "margins.jsonl", rows)
+    assert main(["--judge", f"{path}:longer", "--dataset", data, "--output", str(tmp_path / "e.json")])["pairs"] == 1
 
 
 def test_what_is_missing_is_named():

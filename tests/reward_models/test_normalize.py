@@ -151,6 +151,7 @@ def test_samples_are_those_of_the_policy_and_the_same_every_time():
         ([], "name the judge with --judge"),
         (["--judge", "user/judge", "--store", "True"], "'user/judge' is no folder to store in"),
         (["--judge", ".", "--store", "True", "--apply", "True"], "that would be twice; use one"),
+        (["--judge", "f.py:f", "--apply", "True", "--output_dir", "x"], "'f.py:f' is a function, which keeps no mean"),
         (["--judge", "x", "--samples", "1"], "samples=1 must be at least 2"),
         (["--judge", "x", "--temperature", "0"], "temperature=0.0 must be above 0"),
     ],

@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    FalconConfig,
+    FalconForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     RobertaConfig,
@@ -236,7 +238,7 @@ def test_the_folder_is_a_judge_by_name_with_card_and_measurements(base, tmp_path
     assert 0 <= low <= facts["held_out"]["accuracy"] <= high <= 1
     assert json.loads((folder / "eval.json").read_text())["pairs"] == facts["held_out"]["pairs"] == 12
     card = (folder / "README.md").read_text(encoding="utf-8")
-    needed = ["license: mit", "pairs.jsonl", "| 48; ", "1 ties, dropped", "95 %", "length correlation", "| lm |"]
+    needed = ["license: mit", "pairs.jsonl", "| 48; ", "1 ties dropped", "95 %", "length correlation", "| lm |"]
     assert [words for words in needed if words not in card] == []
     assert "python reward_models/train.py --model lm --dataset pairs.jsonl" in card
     assert str(tmp_path) not in card
@@ -246,8 +248,10 @@ def test_ties_are_learnt_when_asked_to(base, tmp_path, rows):
     rows = [row | {"tie": i % 2 == 0} for i, row in enumerate(rows)]
     dropped = run(tmp_path, base, rows)
     kept = run(tmp_path, base, rows, "--ties", "half")
-    assert (dropped["train_pairs"], kept["train_pairs"]) == (24, 48)
-    assert "probability .5" in (tmp_path / "judge" / "README.md").read_text(encoding="utf-8")
+    assert (dropped["train_pairs"], kept["train_pairs"]) == (24, 54)
+    assert dropped["held_out_pairs"] == kept["held_out_pairs"] == 6, "ties are not held out: they measure nothing"
+    card = (tmp_path / "judge" / "README.md").read_text(encoding="utf-8")
+    assert "0 ties dropped, 30 learnt as probability .5" in card
 
 
 def test_lora_trains_and_its_merged_folder_loads_without_an_adapter(base, tmp_path, rows):
@@ -325,9 +329,9 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(base, tmp_path, rows, fl
 def test_true_resumes_the_newest_checkpoint(base, tmp_path, rows):
     run(tmp_path, base, rows, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
     args = TrainingArguments(str(tmp_path / "judge"), resume_from_checkpoint="True")
-    assert train.checkpoint_of(args) == str(tmp_path / "judge" / "checkpoint-2")
+    assert train.checkpoint_of(args, lora=False) == str(tmp_path / "judge" / "checkpoint-2")
     args.resume_from_checkpoint = "False"
-    assert train.checkpoint_of(args) is None
+    assert train.checkpoint_of(args, lora=False) is None
 
 
 @pytest.mark.parametrize("given", ["True", "nowhere"])
@@ -336,6 +340,73 @@ def test_a_path_that_is_no_checkpoint_is_refused(base, tmp_path, rows, given):
         ConfigError, match=f"resume_from_checkpoint='{given}' is no checkpoint .*no trainer_state.json"
     ):
         run(tmp_path, base, rows, "--resume_from_checkpoint", given)
+
+
+def test_the_loss_of_a_resumed_run_is_that_of_its_own_steps(base, tmp_path, rows):
+    every = "--max_steps 4 --save_strategy steps --save_steps 2 --logging_steps 1".split()
+    run(tmp_path, base, rows, *every)
+    second = tmp_path / "judge" / "checkpoint-2"
+    facts = run(tmp_path, base, rows, *every, "--resume_from_checkpoint", str(second))
+    logged = json.loads((tmp_path / "judge" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert facts["train_loss"] == pytest.approx(sum(row["loss"] for row in logged[2:4]) / 2, rel=1e-3)
+    assert facts["resumed_at"] == 2
+
+
+def test_a_run_that_was_at_its_end_is_only_saved(base, tmp_path, rows):
+    every = "--max_steps 2 --save_strategy steps --save_steps 2 --lr_scheduler_type constant".split()
+    run(tmp_path, base, rows, *every)
+    folder = tmp_path / "judge"
+    whole = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    for name in ("training.json", "model.safetensors"):
+        (folder / name).unlink()
+    facts = run(tmp_path, base, rows, *every, "--resume_from_checkpoint", "True")
+    again = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    assert facts["steps"] == 2 and (folder / "training.json").is_file()
+
+
+def test_an_adapter_does_not_go_on_from_a_whole_model(base, tmp_path, rows):
+    every = "--max_steps 2 --save_strategy steps --save_steps 1".split()
+    run(tmp_path, base, rows, *every)
+    with pytest.raises(ConfigError, match="holds all weights, and lora_r=above 0 trains an adapter"):
+        run(tmp_path, base, rows, *every, "--lora_r", "2", "--resume_from_checkpoint", "True")
+
+
+def test_a_training_that_diverges_leaves_the_judge_that_was_there(base, tmp_path, rows):
+    run(tmp_path, base, rows, "--max_steps", "2")
+    folder = tmp_path / "judge"
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    with pytest.raises(ConfigError, match=r"weights are not finite after training.*nothing was saved"):
+        run(tmp_path, base, rows, "--max_steps", "4", "--learning_rate", "1e30", "--max_grad_norm", "0")
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+def test_a_judge_whose_saving_is_cut_short_does_not_count_as_made(base, tmp_path, rows, monkeypatch):
+    run(tmp_path, base, rows, "--max_steps", "2")
+    monkeypatch.setattr(train, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, base, rows, "--max_steps", "3")
+    left = {p.name for p in (tmp_path / "judge").iterdir()}
+    assert not left & {"training.json", "eval.json", "README.md"} and "model.safetensors" in left
+
+
+def test_held_out_pairs_of_ones_own_are_compared_with_the_training_pairs(base, tmp_path, rows):
+    own = write(tmp_path / "held.jsonl", [*rows[:3], {"prompt": "p ", "chosen": "only here", "rejected": "nor there"}])
+    run(tmp_path, base, rows, "--max_steps", "2", "--eval_dataset", own)
+    card = (tmp_path / "judge" / "README.md").read_text(encoding="utf-8")
+    assert "| 60; 3 of the held-out ones share a text with them; 0 ties dropped |" in card
+
+
+def test_dropout_that_a_model_reads_from_its_configuration_is_off_and_comes_back():
+    config = FalconConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.5, num_labels=1
+    )
+    model = FalconForSequenceClassification(config).train()
+    model.config.pad_token_id = 0
+    had = train.without_dropout(model)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert had["hidden_dropout"] == 0.5
 
 
 # --- bad settings ---
@@ -361,6 +432,9 @@ def test_a_backbone_that_is_none_is_refused_in_a_sentence(tmp_path, rows):
         ("--model m --dataset d --max_length 1", "max_length=1 must be at least 2"),
         ("--model m --dataset d --learnin_rate 1", "did you mean '--learning_rate'"),
         ("--model m --dataset gone.jsonl", "there is no file 'gone.jsonl'"),
+        ("--model m --dataset d --label_smoothing_factor 0.1", "label_smoothing_factor=0.1 is of other losses"),
+        ("--model m --dataset d --push_to_hub True", "push_to_hub pushes nothing here"),
+        ("--model m --dataset d --trust_remote_code True", "unknown flag '--trust_remote_code'"),
     ],
 )
 def test_bad_flags(flags, words):
