@@ -14,6 +14,7 @@ from hfpg.algorithms import PPO
 from hfpg.config import ConfigError
 from hfpg.frozen import freeze_below, frozen_layers, input_embeddings, layer_list
 from hfpg.models import ActorCritic, Reference, load_actor_critic, load_value_head, save_actor_critic
+from hfpg.ops.kl import full
 from tests import build, tiny
 
 
@@ -125,6 +126,26 @@ def test_another_reference_is_computed_whole():
     rows = (samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
     wanted = ActorCritic(other)(*rows)
     torch.testing.assert_close(by.score(samples).ref_logprobs, wanted.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_the_exact_kl_to_another_policy_is_that_of_two_whole_forwards(kind):
+    """By the LM head in chunks, and through the model's own forward; the other one has frozen layers of its own."""
+    actor, model = actor_of(kind, None), tiny.model(kind, seed=3)
+    freeze_below(model, 1)
+    other = ActorCritic(model)
+    assert actor.frozen_layers == other.frozen_layers == 1
+    samples = build.draw(actor, count=6)
+    rows = (samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+    wanted = []
+    for prompt, real, completion, chosen in zip(*rows, strict=True):
+        row = torch.cat([prompt[real], completion[chosen]])[None]
+        kl = full(actor.policy(row).logits, model(row).logits)
+        wanted.append(kl[0, real.sum() - 1 : -1].detach())
+    states = dict(zip(("prompt_states", "completion_states"), actor.states(*rows), strict=True))
+    for reference in (other, Reference(actor, model)):
+        kl = actor(*rows, **states, reference=reference).kl.detach()
+        torch.testing.assert_close(kl[samples.completion_mask], torch.cat(wanted), rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_on_the_top_layer_has_frozen_layers_below():

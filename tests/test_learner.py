@@ -14,12 +14,20 @@ from hfpg.learner import parameter_groups
 from hfpg.linear import own_products
 from hfpg.micro_batches import balance, micro_batches, model_inputs
 from hfpg.models import ActorCritic
+from hfpg.ops.keyed import permutation
 from hfpg.types import TokenLoss
 from tests import build, tiny
 
 
 def gradient_of(actor):
     return torch.cat([p.grad.flatten() for p in actor.parameters() if p.grad is not None])
+
+
+def plain_backward(actor, rollout, credit):
+    """One forward of everything, the definition of the mean, and autograd: no micro-batches, no coefficients."""
+    scored = actor(rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask)
+    loss = PPO().loss(scored, rollout, credit).loss
+    (loss[rollout.completion_mask].sum() / rollout.completion_mask.sum()).backward()
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_sum", "token_mean", "sequence_mean", "constant"])
@@ -41,17 +49,27 @@ def test_gradient_is_the_same_for_every_token_budget(aggregation, kind):
 
 
 def test_gradient_is_that_of_the_plain_padded_formula():
-    """One forward of everything, the definition of the mean, and autograd: no micro-batches, no coefficients."""
     actor = ActorCritic(tiny.model(), "shared")
     by = build.learner(actor, max_tokens_per_micro_batch=60)
     rollout, credit = build.rollout_of(build.draw(actor, count=16), by)
     by.gradient(rollout, credit, PPO().loss, "token_mean")
     ours = gradient_of(actor)
     actor.zero_grad()
-    scored = actor(rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask)
-    loss = PPO().loss(scored, rollout, credit).loss
-    (loss[rollout.completion_mask].sum() / rollout.completion_mask.sum()).backward()
+    plain_backward(actor, rollout, credit)
     assert (gradient_of(actor) - ours).norm() / ours.norm() < 1e-6
+
+
+def test_the_constant_of_an_aggregation_is_the_longest_completion_that_there_can_be():
+    """And not the longest that there is: otherwise the step would depend on what was drawn."""
+    actor = ActorCritic(tiny.model(), "shared")
+    by = build.learner(actor, max_completion_length=48)
+    rollout, credit = build.rollout_of(build.draw(actor, count=8), by)
+    found = {}
+    for aggregation in ("constant", "sequence_sum"):
+        by.gradient(rollout, credit, PPO().loss, aggregation)
+        found[aggregation] = gradient_of(actor)
+        actor.zero_grad()
+    torch.testing.assert_close(found["constant"] * 48, found["sequence_sum"], rtol=1e-4, atol=1e-6)
 
 
 def test_rows_of_weight_zero_have_no_influence():
@@ -76,6 +94,85 @@ def test_optimizer_steps_are_epochs_times_minibatches():
     metrics = by.optimize(rollout, credit, PPO().loss, aggregation="token_mean", epochs=3, minibatches=4)
     assert metrics["optimizer_steps"] == 12 == seen.count("on_optimizer_step")
     assert metrics["kl_stops"] == metrics["skipped_steps"] == 0
+
+
+def test_an_update_is_what_it_says_written_out():
+    """Of two turns: in every epoch a new order, and for every minibatch an AdamW step on its own clipped gradient."""
+    actor = ActorCritic(tiny.model(), "shared")
+    settings = dict(seed=5, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3, max_grad_norm=0.5)
+    by = build.learner(copy.deepcopy(actor), **settings)
+    rollout, credit = build.rollout_of(build.draw(actor), by)
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-3, betas=(0.8, 0.9), eps=1e-3, weight_decay=0)
+    for turn in range(2):
+        by.optimize(rollout, credit, PPO().loss, aggregation="token_mean", epochs=2, minibatches=3)
+        by.end_turn()
+        for epoch in range(2):
+            for rows in permutation(len(rollout), 5, "minibatch", turn, epoch).tensor_split(3):
+                optimizer.zero_grad()
+                plain_backward(actor, rollout.take(rows), credit.take(rows))
+                torch.nn.utils.clip_grad_norm_(actor.parameters(), 0.5)
+                optimizer.step()
+    for mine, expected in zip(by.actor.parameters(), actor.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+
+
+def test_every_epoch_and_every_turn_deals_the_rows_anew():
+    by = build.learner(ActorCritic(tiny.model()))
+    rollout, credit = build.rollout_of(build.draw(by.actor), by)
+    minibatches = [set()]
+    by.on_event = lambda event: minibatches.append(set()) if event == "on_optimizer_step" else None
+
+    def loss(new, rows, credit):
+        minibatches[-1] |= set(rows.sample_ids.tolist())
+        return TokenLoss(-credit.advantages * new.logprobs, {})
+
+    for _ in range(2):
+        by.optimize(rollout, credit, loss, aggregation="token_mean", epochs=2, minibatches=2)
+        by.end_turn()
+    assert all(minibatches[i] | minibatches[i + 1] == set(range(12)) for i in (0, 2, 4, 6))
+    assert len({frozenset(rows) for rows in minibatches[:8]}) == 8
+
+
+def counting_loss(new, rows, credit, *, calls):
+    """A loss whose `number` and `kl_to_old` are 1 and 0.25 in the first minibatch, 2 and 0.5 in the second …"""
+    calls.append(len(calls) + 1)
+    number = torch.full_like(new.logprobs, calls[-1])
+    return TokenLoss(-credit.advantages * new.logprobs, {"number": number, "kl_to_old": number / 4})
+
+
+def test_metrics_are_means_over_the_minibatches_done():
+    by = build.learner(ActorCritic(tiny.model()), max_grad_norm=1e-3)
+    rollout, credit = build.rollout_of(build.draw(by.actor), by)
+    norms, calls, clip = [], [], by.clip
+    by.clip = lambda: norms.append(clip()) or norms[-1]
+    loss = functools.partial(counting_loss, calls=calls)
+    metrics = by.optimize(rollout, credit, loss, aggregation="token_mean", epochs=2, minibatches=3)
+    assert calls == [1, 2, 3, 4, 5, 6] and metrics["number"] == pytest.approx(3.5)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 6)
+
+
+def test_the_first_minibatch_above_the_largest_kl_is_refused_and_counts_for_nothing():
+    by = build.learner(ActorCritic(tiny.model()))
+    rollout, credit = build.rollout_of(build.draw(by.actor), by)
+    calls = []
+    loss = functools.partial(counting_loss, calls=calls)
+    metrics = by.optimize(rollout, credit, loss, aggregation="token_mean", epochs=9, max_kl=0.6)
+    assert calls == [1, 2, 3] and metrics["optimizer_steps"] == 2 and metrics["kl_stops"] == 1
+    assert metrics["kl_to_old"] == pytest.approx((0.25 + 0.5) / 2)
+
+
+def test_the_first_log_ratio_is_that_of_the_first_minibatch_whatever_follows():
+    by = build.learner(ActorCritic(tiny.model(), "shared"), learning_rate=0.05)
+    rollout, credit = build.rollout_of(build.draw(by.actor), by)
+    rollout.old_logprobs[0, 0] -= 0.25
+    largest = []
+
+    def loss(new, rows, credit):
+        largest.append(float((new.logprobs - rows.old_logprobs).detach().abs().max()))
+        return PPO().loss(new, rows, credit)
+
+    metrics = by.optimize(rollout, credit, loss, aggregation="token_mean", epochs=4)
+    assert metrics["first_log_ratio_max"] == pytest.approx(0.25, abs=1e-5) and max(largest) > 0.5
 
 
 def test_a_kl_stop_ends_the_update_before_the_step_that_it_refuses():

@@ -44,6 +44,21 @@ def test_the_last_rollouts_join_and_are_marked():
     assert [int(r.sample_ids[0]) for r in replay.rollouts] == [4, 8] and not said
 
 
+def test_stored_rows_join_as_the_policy_is_now_and_are_kept_as_they_were_drawn():
+    replay, old, fresh = Replay(2, print), behaved(0.5), behaved()
+    replay.turn(old)
+    for _ in range(2):
+        together, _ = replay.add_to(
+            fresh, lambda stored: dataclasses.replace(stored, old_logprobs=stored.old_logprobs + 0.25)
+        )
+        assert torch.equal(together.old_logprobs, torch.cat([old.old_logprobs + 0.25, fresh.old_logprobs]))
+        assert torch.equal(together.behaviour_logprobs, torch.cat([old.sampler_logprobs, fresh.sampler_logprobs]))
+    replay.turn(fresh)
+    for stored, drawn in zip(replay.rollouts, (old, fresh), strict=True):
+        assert torch.equal(stored.old_logprobs, drawn.old_logprobs)
+        assert torch.equal(stored.behaviour_logprobs, drawn.sampler_logprobs)
+
+
 def test_a_small_effective_sample_size_is_said_and_a_tiny_one_ends_the_reuse():
     said = []
     replay = Replay(2, said.append)

@@ -109,18 +109,6 @@ def center_and_scale(
     return (torch.where(mask, x.double() - mean, 0) / (std + eps)).to(x.dtype)
 
 
-def scale_only(
-    x: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"], eps: float = 1e-8
-) -> Float[Tensor, "B C"]:
-    """x / std over all chosen tokens; the mean is kept. Fewer than two tokens, or equal values: x as it is."""
-    if _tokens(mask, weights) < 2:
-        return x
-    _, std = _moments(x, mask, weights)
-    if std == 0:
-        return x
-    return (x.double() / (std + eps)).to(x.dtype)
-
-
 def _tokens(mask: Bool[Tensor, "B C"], weights: Float[Tensor, " B"]) -> int:
     return int((mask & (weights > 0)[:, None]).sum())
 

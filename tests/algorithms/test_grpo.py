@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hfpg.algorithms import CISPO, DAPO, GRPO, GSPO, DrGRPO
+from hfpg.types import Estimates
 from tests.algorithms.test_reinforce import new_scores, rollout
 
 
@@ -72,6 +73,17 @@ def test_the_sequence_ratio_is_the_geometric_mean():
     far = new._replace(logprobs=new.logprobs + torch.where(rows.completion_mask, 1e-2, 0))
     (gradient,) = torch.autograd.grad(GSPO().loss(far, rows, estimates).loss.sum(), new.logprobs)
     assert not gradient[1].any() and gradient[0, :3].all()  # A > 0 beyond 1 + 4e-4 is clipped, A < 0 is not
+
+
+def test_a_sequence_is_clipped_as_a_whole_or_not_at_all():
+    """Two tokens with A > 0: far apart around 1, and then one of them far enough for both."""
+    rows, credit = two_groups(), Estimates(torch.ones(4, 4))
+    new = new_scores(rows)
+    for shifts, clipped in (([1e-2, -1e-2], 0.0), ([2e-2, 0.0], 1.0)):
+        logprobs = new.logprobs.detach().clone()
+        logprobs[3, :2] += torch.tensor(shifts)
+        found = GSPO().loss(new._replace(logprobs=logprobs), rows, credit).metrics["clip_fraction"]
+        assert found[3, :2].tolist() == [clipped] * 2 and not found[:3].any()
 
 
 def test_cispo_caps_the_weight_and_keeps_the_gradient():

@@ -76,6 +76,13 @@ def test_running_moments_serve_before_they_take_the_batch_in():
     assert algorithm.rewards(stored, state, LONGEST)[2] == state  # rows of an earlier step were counted then
 
 
+@pytest.mark.parametrize("score", [0.1, 0.5, 1e6])
+def test_equal_scores_in_the_first_batch_are_normalised_to_0(score: float):
+    algorithm = Reinforce(reward_normalization="running", kl_coef=0.0)
+    rewards = algorithm.rewards(rollout(scores=torch.full((4,), score)), algorithm.init(), LONGEST)[1]
+    assert torch.equal(rewards, torch.zeros(4, 4))
+
+
 def test_the_soft_penalty_rises_over_the_last_share_of_the_length():
     rows = rollout(scores=torch.zeros(4))  # lengths 3, 1, 4, 2
     assert shaped(Reinforce(soft_overlong=0.5), rows).scores.tolist() == pytest.approx([-0.5, 0.0, -1.0, 0.0])
@@ -128,6 +135,25 @@ def test_the_greedy_score_is_shaped_like_the_samples_scores():
     advantages = algorithm.estimate(used, rewards, state)[0].advantages
     assert advantages[:3, 0].tolist() == pytest.approx([1.0 - 1.5, -1.5 - 1.5, 1.5 - 1.0 - 0.5])
     assert float(advantages[3, 0]) == 0.0  # nobody could score its prompt: no baseline; its own score is 0
+
+
+def greedy(lengths: list[int], **changes: Any) -> Any:
+    """A rollout whose greedy completions have these lengths and the score 5."""
+    columns = dict(baseline_scores=torch.full((4,), 5.0), baseline_finished=torch.ones(4, dtype=torch.bool))
+    return rollout(**columns, baseline_lengths=torch.tensor(lengths), **changes)
+
+
+def test_a_long_greedy_completion_pays_the_soft_penalty_too():
+    rows = greedy([1, 3, 4, 2])
+    assert shaped(ReMax(soft_overlong=0.5), rows).baseline_scores.tolist() == pytest.approx([5.0, 4.5, 4.0, 5.0])
+
+
+def test_the_greedy_score_is_normalised_by_the_moments_of_the_steps_before():
+    algorithm = ReMax(reward_normalization="running", kl_coef=0.0)
+    state = dataclasses.replace(algorithm.init(), score_count=4.0, score_mean=2.0, score_m2=16.0)
+    used = shaped(algorithm, greedy([1, 1, 1, 1]), state)
+    assert used.baseline_scores.tolist() == pytest.approx([(5 - 2) / 2] * 4)
+    assert used.scores[:3].tolist() == pytest.approx([(1 - 2) / 2, (-2 - 2) / 2, (4 - 2) / 2])
 
 
 def test_the_score_of_the_prompt_is_a_baseline_without_penalties():
@@ -236,11 +262,14 @@ def test_the_value_function_warms_up_alone():
 
 
 def test_the_critic_may_have_a_lambda_of_its_own():
-    rows = rollout()
+    rows = rollout(last_values=torch.full((4,), 5.0))
     rewards = token_rewards(rows.scores, rows.completion_mask)
-    mixed = PPO(lam=0.5, value_lam=1.0).estimate(rows, rewards, State(0.0))[0]
-    assert torch.equal(mixed.advantages, PPO(lam=0.5).estimate(rows, rewards, State(0.0))[0].advantages)
-    assert torch.equal(mixed.returns, PPO(lam=1.0).estimate(rows, rewards, State(0.0))[0].returns)
+    for truncation, target in (("terminal", 4.0), ("bootstrap", 4.0 + 5.0)):  # of the row that was cut
+        kind = functools.partial(PPO, truncation=truncation)
+        mixed = kind(lam=0.5, value_lam=1.0).estimate(rows, rewards, State(0.0))[0]
+        assert torch.equal(mixed.advantages, kind(lam=0.5).estimate(rows, rewards, State(0.0))[0].advantages)
+        assert torch.equal(mixed.returns, kind(lam=1.0).estimate(rows, rewards, State(0.0))[0].returns)
+        torch.testing.assert_close(mixed.returns[2], torch.full((4,), target))
 
 
 # ── refusals and warnings

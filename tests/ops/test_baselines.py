@@ -86,9 +86,11 @@ def test_group_statistics_against_numpy_like_loops():
 
 
 def test_equal_groups_are_found_whatever_an_unscored_row_says():
-    returns = torch.tensor([0.1, 0.1, 9.0, 0.0, 1.0, 2.0])
-    weights, groups = torch.tensor([1.0, 1, 0, 1, 1, 0]), torch.tensor([3, 3, 3, 5, 5, 8])
-    assert equal_in_group(returns, weights, groups).tolist() == [True, True, True, False, False, True]
+    returns = torch.tensor([0.1, 0.1, 9.0, 0.0, 1.0, 2.0, -1.0, -1.0, 9.0])
+    weights, groups = torch.tensor([1.0, 1, 0, 1, 1, 0, 1, 1, 0]), torch.tensor([3, 3, 3, 5, 5, 8, 9, 9, 9])
+    expected = [True] * 3 + [False] * 2 + [True] * 4
+    assert equal_in_group(returns, weights, groups).tolist() == expected
+    assert group_mean(returns, weights, groups)[6:].tolist() == [-1.0] * 3
 
 
 def test_running_moments_are_those_of_everything_seen():

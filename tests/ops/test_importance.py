@@ -44,6 +44,8 @@ def test_effective_sample_size():
     alone = torch.tensor([[0.0], [-800.0], [-800.0], [-800.0]])
     assert float(effective_sample_size(alone, mask, ones)) == pytest.approx(0.25)
     assert float(effective_sample_size(alone, mask, torch.tensor([1.0, 0, 0, 0]))) == pytest.approx(1.0)
+    loud = torch.tensor([[0.0], [0.0], [0.0], [800.0]])  # of which the last is not scored
+    assert float(effective_sample_size(loud, mask, torch.tensor([1.0, 1, 1, 0]))) == pytest.approx(1.0)
     w = torch.tensor([1.0, 2.0, 3.0, 4.0])
     expected = float(w.sum() ** 2 / (4 * (w**2).sum()))
     assert float(effective_sample_size(w.log()[:, None], mask, ones)) == pytest.approx(expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfpg.ops.kl import adapt_kl_coef, full, k1, k2, k3
+from hfpg.ops.kl import adapt_kl_coef, full, k1, k2, k2_sequence, k3
 
 
 def pair(seed: int = 0, vocabulary: int = 9) -> tuple[Tensor, Tensor]:
@@ -75,6 +75,15 @@ def test_the_gradient_of_k2_in_the_loss_is_that_of_the_kl():
     (exact,) = torch.autograd.grad(full(logits, other), logits)
     (found,) = torch.autograd.grad(expectation(k2(log_ratios(logits, other)), logits), logits)
     torch.testing.assert_close(found, exact)
+
+
+def test_k2_sequence_adds_up_to_half_the_square_of_the_sum_with_its_gradient():
+    delta = torch.randn(4, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64).requires_grad_()
+    mask = torch.arange(5) < torch.tensor([[5], [3], [1], [0]])
+    whole = torch.where(mask, delta, 0).sum(1) ** 2 / 2
+    rows = k2_sequence(torch.where(mask, delta, math.nan), mask).sum(1)
+    torch.testing.assert_close(rows, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), delta)[0] for x in (rows, whole)))
 
 
 def test_tokens_outside_the_support_add_nothing():

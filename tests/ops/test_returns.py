@@ -91,6 +91,14 @@ def test_every_chosen_token_pays_beta_times_k1_and_padding_pays_nothing():
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 2.1, 0.0], [0.0, 0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("filler", [9.0, math.nan])
+def test_a_score_in_parts_is_paid_where_it_was_earned_and_padding_earns_nothing(filler: float):
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    parts = torch.where(mask, torch.tensor([0.5, 0.25, 1.0, 0.0]), filler)
+    rewards = token_rewards(torch.tensor([2.0, -3.0, 1.0, 5.0]), mask, token_scores=parts)
+    assert rewards.tolist() == [[0.5, 0.25, 1.25, 0], [-3, 0, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 0]]
+
+
 def test_the_first_return_is_the_score_minus_beta_times_the_sequence_kl():
     _, log_ratio, mask = episode(5)
     scores = torch.arange(5, dtype=torch.float64)

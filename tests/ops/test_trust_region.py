@@ -33,6 +33,15 @@ def test_conjugate_gradient_solves_what_a_dense_solver_solves():
     assert few.residual == pytest.approx(true, rel=1e-6) and few.residual > found.residual
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_conjugate_gradient_ends_at_a_share_of_what_it_is_given(scale: float):
+    a, b = matrix(), torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain = conjugate_gradient(lambda v: a @ v, b, iterations=40, tolerance=1e-4)
+    scaled = conjugate_gradient(lambda v: a @ v, scale * b, iterations=40, tolerance=1e-4)
+    torch.testing.assert_close(scaled.x / scale, plain.x)
+    assert 1e-8 < plain.residual <= 1e-2 and scaled.residual == pytest.approx(plain.residual)
+
+
 def test_conjugate_gradient_of_nothing_and_of_a_flat_direction():
     assert conjugate_gradient(lambda v: v, torch.zeros(3)).x.tolist() == [0, 0, 0]
     assert conjugate_gradient(lambda v: 0 * v, torch.ones(3)).x.tolist() == [0, 0, 0]
