@@ -392,6 +392,7 @@ class Reference:
         device = next(actor.parameters()).device
         self.copy = ParkedCopy(given, frozen, folder if device.type == "cpu" else None)
         self.scorer = ActorCritic(self.copy.module.to(device)).requires_grad_(False)
+        self.scorer.frozen_layers = actor.frozen_layers if self.shares_frozen else 0  # in the copy nothing learns
         require(
             self.scorer.vocabulary == actor.vocabulary,
             f"ref_model has {self.scorer.vocabulary} tokens and the policy {actor.vocabulary}; they must share one",

@@ -56,7 +56,7 @@ def test_scores_and_gradient_are_those_of_the_whole_forward(kind, value):
 
 
 def test_frozen_layers_run_once_a_rollout(tmp_path):
-    runs = {"first": 0, "last": 0}
+    runs = {"first": 0, "last": 0, "reference's first": 0, "reference's last": 0}
     trainer = build.trainer(tmp_path, algorithm=PPO(epochs=3), trainable_layers=1, max_steps=2, trust_sampler=False)
     layers = layer_list(trainer.learner.actor.policy.base_model)
 
@@ -80,9 +80,13 @@ def test_frozen_layers_run_once_a_rollout(tmp_path):
     trainer.collector.generator = sampled
     layers[0].register_forward_hook(count("first"), with_kwargs=True)
     layers[-1].register_forward_hook(count("last"), with_kwargs=True)
+    theirs = layer_list(trainer.reference.scorer.policy.base_model)
+    theirs[0].register_forward_hook(count("reference's first"), with_kwargs=True)
+    theirs[-1].register_forward_hook(count("reference's last"), with_kwargs=True)
     trainer.train()
     assert runs["first"] == 2, "one rollout a step"
     assert runs["last"] >= 2 * (1 + 3), "scored once, trained three times"
+    assert runs["reference's first"] == 0 and runs["reference's last"] == 2, "it goes on from the policy's states"
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
