@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,18 @@ def _parsed(text: str, path: Path, first: int) -> Any:
         line = text.split("\n")[error.lineno - 1].strip()
         place = f"{path}:{first + error.lineno - 1}"
         raise ConfigError(f"{place}: not valid JSON: {error.msg}: {line!r:.80}") from None
+
+
+def refuse_other(folder: Path, stages: Sequence[str], script: Any, *names: str) -> None:
+    """Write down what the stages of a pipeline in `folder` are made with: the attributes `names` of `script`.
+
+    Raises:
+        ConfigError: a stage is there already, and was made with others.
+    """
+    note, now = folder / "stages.json", {name: getattr(script, name) for name in names}
+    made = any((folder / stage).exists() for stage in stages)
+    before = json.loads(note.read_text(encoding="utf-8")) if made and note.exists() else now
+    other = {name: value for name, value in before.items() if value != now.get(name)}
+    require(not other, f"{folder} holds stages made with {other}, which are used again; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(now), encoding="utf-8")

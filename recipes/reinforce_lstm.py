@@ -5,7 +5,6 @@
 The embedded GPT-2 writes film reviews. An LSTM learns them by negative log-likelihood, then REINFORCE raises
 −|words − target| / target, once per baseline, each time from that same LSTM. `noise` is tr Cov(g) / ‖E g‖² of one
 step's gradient g at that LSTM, before REINFORCE. Fields of Script and TrainConfig are flags (`--help`).
-
 Measured (2026-11-25, one thread of a 2-core CPU, 1 minute), held out: NLL 6.93 → 3.67, score −0.66 → −0.25 to −0.31;
 noise 4.52 without baseline, 1.68 with the batch's mean, 1.30 with a value head. More: docs/recipes/reinforce_lstm.md.
 """
@@ -54,6 +53,7 @@ def main() -> None:
     names: Any = script.baselines
     methods = [Reinforce(baseline=b, num_generations=4 if b == "group" else 1, kl_coef=0.0) for b in names]
     check_comparison(methods, args, script.repeats)
+    splits = embedded.prompts("train"), embedded.prompts("eval", script.eval_prompts)
     say = launch(args).print
     logging.set_verbosity_error()
     set_seed(args.seed)
@@ -67,7 +67,6 @@ def main() -> None:
     nll = fine_tune(model, tokenizer, texts, learning_rate=5e-3, per_device_train_batch_size=32, **how)
     say(f"LSTM       {model.num_parameters() / 1e6:.2f} M parameters, NLL {nll[0]:.2f} → {nll[1]:.2f} nats per token")
     say(f"REINFORCE  target {script.target} words, {args.max_steps} steps of {args.prompts_per_step} texts\n")
-    splits = embedded.prompts("train"), embedded.prompts("eval", script.eval_prompts)
     train, held_out = ([{"prompt": p, "target": script.target} for p in split] for split in splits)
     say(heading("score", "words", "ends by itself"))
     for run in compare(model, methods, length_reward, train, held_out, args, tokenizer, script.repeats):

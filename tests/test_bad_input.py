@@ -327,3 +327,29 @@ def test_greedy_samples_are_looked_at_too(tmp_path):
 
     with pytest.raises(ConfigError, match="generator Own returned 8 of 8 completions"):
         build.trainer(tmp_path, generator=Own(), algorithm=ReMax()).collect()
+
+
+def test_a_folder_without_a_tokenizer_is_not_the_data_sets_fault(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "m")
+    with pytest.raises(ConfigError, match="has no tokenizer .transformers makes an empty"):
+        build.trainer(tmp_path / "run", model=str(tmp_path / "m"), processing_class=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("tokenizer.json", "the tokenizer of"), ("model.safetensors", "the model")]
+)
+def test_a_file_that_was_copied_half_is_one_sentence(tmp_path, name, said):
+    tiny.model().save_pretrained(tmp_path / "m")
+    tiny.tokenizer().save_pretrained(tmp_path / "m")
+    whole = (tmp_path / "m" / name).read_bytes()
+    (tmp_path / "m" / name).write_bytes(b"{}" if name == "tokenizer.json" else whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=f"cannot load {said}"):
+        build.trainer(tmp_path / "run", model=str(tmp_path / "m"), processing_class=None)
+
+
+def test_a_model_that_ends_texts_at_no_token_of_its_own_is_refused(tmp_path):
+    model = tiny.model()
+    model.generation_config.eos_token_id = [50256]
+    with pytest.raises(ConfigError, match=r"ends texts at \[50256\], and its tokens are 0 to 63; say where.*\[0\]"):
+        build.trainer(tmp_path, model=model)
+    build.trainer(tmp_path, model=model, stop_token_ids=[0])

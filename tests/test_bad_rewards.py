@@ -198,7 +198,7 @@ def test_hostile_completions_are_judged_as_they_are_and_do_nothing_to_table_log_
         return [float(len(c) > 3) for c in completions]
 
     tokenizer = tiny.tokenizer()
-    tokenizer.batch_decode = Hostile()
+    tokenizer.batch_decode, tokenizer.decode = Hostile(), lambda ids, **kwargs: ""
     settings = dict(completions_steps=1, num_completions_to_print=8, eval_steps=1, keep_best_by="eval_scores/judge")
     trainer = build.trainer(
         tmp_path, processing_class=tokenizer, reward=judge, eval_dataset=tiny.rows(8), disable_tqdm=True, **settings
@@ -223,6 +223,7 @@ def test_a_judge_that_fails_on_a_hostile_completion_is_named_harmlessly(text, tm
 
     tokenizer = tiny.tokenizer()
     tokenizer.batch_decode = lambda rows, **kwargs: [text] * len(rows)
+    tokenizer.decode = lambda ids, **kwargs: ""
     trainer = build.trainer(tmp_path, processing_class=tokenizer, reward=judge)
     with pytest.raises(RewardError) as caught:
         trainer.train()

@@ -238,7 +238,7 @@ def test_the_card_of_a_resumed_run_tells_of_the_whole(tmp_path, capsys):
     again.train(resume_from_checkpoint=True)
     again.evaluate()
     assert again.run.seconds > first.run.seconds
-    assert [e["step"] for e in again.evaluations] == [0, 3, 4, 4] and again.evaluations[0] == first.evaluations[0]
+    assert [e["step"] for e in again.evaluations] == [0, 2, 3, 4, 4] and again.evaluations[0] == first.evaluations[0]
     before, after = (again.evaluations[i]["metrics"]["eval_length"] for i in (0, -1))
     assert f"| eval_length | {before:.4g} | {after:.4g} |" in again.model_card()
     again.summary(tmp_path / "final")

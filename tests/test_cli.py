@@ -116,3 +116,14 @@ def test_it_trains(name, tmp_path):
     assert run["command"].startswith(again) and run["command"].endswith("--run_name 'my run'")
     card = (tmp_path / "run" / "final" / "README.md").read_text()
     assert f"\n{again}" in card and "--run_name 'my run'\n" in card
+
+
+def test_a_judge_that_fails_on_a_completion_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "It is"}\n' * 3)  # few: nothing is held out
+    (tmp_path / "judge.py").write_text(
+        "def f(completions):\n    return [float('nan') if len(completions) > 2 else 1.0 for c in completions]\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["reward", "check", f"{tmp_path}/judge.py:f", "--dataset", str(tmp_path / "rows.jsonl")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "the judge failed on a completion: reward function 'f' returned nan" in said

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hfpg.algorithms import A2C, GRPO, PPO, RLOO, TRPO, Reinforce, ReMax
-from hfpg.compare import compare, gradient_noise, heading
-from hfpg.config import ConfigError
+from hfpg.compare import check_comparison, compare, gradient_noise, heading
+from hfpg.config import ConfigError, TrainConfig
 from tests import tiny
 from tests.build import trainer
 
@@ -157,3 +157,12 @@ def test_completions_that_make_no_whole_groups_are_refused_before_anything_runs(
     assert str(caught.value) == (
         "prompts_per_step=8 completions are no whole groups of num_generations=3; use a multiple of it, such as 6"
     )
+
+
+def test_what_cannot_be_compared_is_known_before_any_work():
+    """The recipe asks before it learns its texts."""
+    args = TrainConfig(prompts_per_step=6)
+    with pytest.raises(ConfigError, match="no whole groups of num_generations=4"):
+        check_comparison([RLOO(num_generations=4)], args, 16)
+    with pytest.raises(ConfigError, match="repeats=1 must be at least 2"):
+        check_comparison([], args, 1)

@@ -49,6 +49,7 @@ def test_every_baseline_is_measured_and_saves_noise(tmp_path):
         ),
         (["--prompts_per_step", "30"], "prompts_per_step=30 completions are no whole groups of num_generations=4"),
         (["--baselines", "best"], "baseline='best' is unknown"),
+        (["--eval_prompts", "-5"], "eval_prompts=-5 must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, sentence, monkeypatch):

@@ -58,6 +58,16 @@ def test_stages_that_exist_are_used_again(tmp_path, pairs):
     assert "eval_scores/judge-a" in metrics
 
 
+def test_stages_of_something_else_are_not_used(tmp_path, stages):
+    (tmp_path / "work" / "sft").mkdir(parents=True)
+    stages("--sft_epochs", "2")  # of stages from before, nobody knows
+    for flag, value in (("--model", "gpt2"), ("--pairs", "own.jsonl"), ("--sft_epochs", "3")):
+        started, said = stages("--sft_epochs", "2", flag, value)
+        assert started == [] and said.startswith("work holds stages made with {'") and "name another folder" in said
+    (tmp_path / "work" / "sft").rmdir()
+    assert stages("--model", "gpt2")[0], "nothing is made yet"
+
+
 @pytest.fixture
 def stages(tmp_path, monkeypatch):
     """`run(flags)` records which scripts are started, and ends before the model loads."""
@@ -89,5 +99,6 @@ def test_what_is_not_given_is_made(tmp_path, stages):
     (tmp_path / "work" / "judge" / "config.json").write_text("{}")
     assert stages()[0] == [film], "a reward model that was interrupted is made again"
     (tmp_path / "work" / "judge" / "training.json").write_text("{}")
+    (tmp_path / "work" / "stages.json").unlink()
     assert stages("--pairs", "own.jsonl")[1] == "cannot read the preferences own.jsonl: No such file or directory"
     assert stages("--pairs", "own.jsonl")[0] == []

@@ -26,6 +26,7 @@ from hfpg.algorithms import (
 from hfpg.algorithms.kl_control import kl_per_completion
 from hfpg.algorithms.method import State
 from hfpg.config import ConfigError, parse
+from hfpg.ops.baselines import RunningMoments
 from hfpg.ops.returns import token_rewards
 from hfpg.report.metrics import describe
 from hfpg.types import Estimates
@@ -86,6 +87,9 @@ def test_equal_scores_in_the_first_batch_are_normalised_to_0(score: float):
 def test_the_soft_penalty_rises_over_the_last_share_of_the_length():
     rows = rollout(scores=torch.zeros(4))  # lengths 3, 1, 4, 2
     assert shaped(Reinforce(soft_overlong=0.5), rows).scores.tolist() == pytest.approx([-0.5, 0.0, -1.0, 0.0])
+    shape = Reinforce(soft_overlong=0.07)._shape  # .07 · 100 is 7.000000000000001
+    paid = shape(torch.zeros(2), None, torch.tensor([93, 94]), RunningMoments(), 100)
+    assert paid.tolist() == pytest.approx([0.0, -1 / 7])
 
 
 def test_masked_completions_count_for_nothing_and_bootstrapped_ones_go_on():
@@ -284,7 +288,7 @@ REFUSED = [
     (functools.partial(CISPO, clip_range_high=0.3), "so clip_range_high would do nothing"),
     (functools.partial(CISPO, importance="sequence"), "use importance='token'"),
     (functools.partial(GRPO, is_cap=5.0), "is_cap=5.0 is the largest ratio of objective='cispo'"),
-    (functools.partial(CISPO, is_cap=0.2), "is_cap=0.2 is the largest ratio of objective='cispo' and at least 1"),
+    (functools.partial(CISPO, is_cap=0.2), "is_cap=0.2 is the largest ratio, and must be at least 1"),
     (functools.partial(Reinforce, kl_in="loss"), "kl_in='loss' with kl_estimator='k1' regularises nothing"),
     (functools.partial(PPO, kl_estimator="k3"), "kl_in='reward' with kl_estimator='k3' hardly regularises"),
     (functools.partial(GRPO, kl_in="reward"), "use kl_estimator='k1', or kl_in='loss'"),

@@ -205,8 +205,8 @@ def test_the_kl_coefficient_moves_toward_its_target_from_the_state_and_not_from_
         ({"lam": -0.1}, "lam=-0.1 must lie between 0 and 1"),
         ({"gamma": 0.0}, "gamma=0.0 must be above 0 and at most 1"),
         ({"gamma": 1.5}, "gamma=1.5 must be above 0 and at most 1"),
-        ({"dual_clip": 1.1}, "dual_clip=1.1 must exceed 1 + the upper clip range 1.2; 3 is usual"),
-        ({"dual_clip": 1.3, "clip_range_high": 0.5}, "dual_clip=1.3 must exceed 1 + the upper clip range 1.5; 3 is"),
+        ({"dual_clip": 1.1}, "dual_clip=1.1 must exceed 1 + the upper clip range, 1.2; 3 is usual"),
+        ({"dual_clip": 1.3, "clip_range_high": 0.5}, "dual_clip=1.3 must exceed 1 + the upper clip range, 1.5; 3 is"),
     ],
 )
 def test_a_setting_that_cannot_be_says_why(changes: dict[str, Any], sentence: str):

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from hfpg.report.completions import shown
 from hfpg.report.metrics import describe, distinct_2, explained_variance, top_bigram_share
 from hfpg.types import Estimates, Rollout
+from tests import tiny
 
 
 T, F = True, False
@@ -61,9 +63,10 @@ def test_the_sampler_gap_is_the_largest_difference():
     assert describe(rollout(sampler_logprobs=rows.old_logprobs + gap), {})["sampler_gap"] == 0.25
 
 
-def test_no_weight_at_all_is_no_nan():
-    found = describe(rollout(weights=torch.zeros(3)), {})
-    assert found["score"] == found["score_std"] == 0 and found["unscored"] == 1
+def test_a_score_that_nobody_gave_is_no_number():
+    found = describe(rollout(weights=torch.zeros(3)), {"a": [None] * 3})
+    assert math.isnan(found["score"]) and math.isnan(found["score_std"]) and found["unscored"] == 1
+    assert [score for *_, score in shown(rollout(), tiny.tokenizer())] == [4.0, None, 2.0]
 
 
 def test_explained_variance_of_a_perfect_and_of_an_ignorant_critic():

@@ -104,7 +104,7 @@ def test_plain_lines_have_every_number_once_and_no_redraw():
     shown.stop()
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("step    1/20  score +0.250  KL 1.50  entropy 2.00  length 9.0  ETA ")
-    assert lines[1].startswith("step    2/20  score +nan  ETA ") and len(lines) == 2
+    assert lines[1].startswith("step    2/20  score –  ETA ") and len(lines) == 2
     assert "\x1b" not in out.getvalue()
 
 
@@ -174,3 +174,54 @@ def test_the_summary_says_what_is_there(head: bool, tmp_path: Path):
 )
 def test_durations(seconds: float, words: str):
     assert spoken(seconds) == words
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_the_live_line_is_one_line_of_whole_words(width: int):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, color_system=None, legacy_windows=False)
+    shown = Terminal(1000, console=console)
+    shown.start(0)
+    metrics = dict(score=-0.046, kl_to_ref=3.5, entropy=4.37, length=16.4, tokens_per_second=12345.0)
+    shown.step(940, metrics)
+    assert shown.live is not None
+    lines = console.render_lines(shown.live.renderable, pad=False)
+    assert len(lines) == 1
+    text = "".join(part.text for part in lines[0])
+    assert "940/1000" in text and "ETA" in text and "…" not in text
+    assert ("tokens/s 12,345" in text) == (width >= 100) and ("score -0.046" in text) == (width >= 60)
+    shown.stop()
+
+
+def test_a_terminal_that_cannot_redraw_gets_a_line_per_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "dumb")
+    out = io.StringIO()
+    shown = Terminal(3, console=Console(file=out, force_terminal=True, width=100))
+    shown.start(0)
+    shown.step(1, {"score": 1.0})
+    assert "step    1/3  score +1.000" in out.getvalue()
+
+
+def test_what_nobody_scored_has_a_dash():
+    shown, out = terminal(False)
+    shown.completions("step 1", [("p", "c", None)])
+    shown.before_after([("p", "b", None, "a", 1.0)])
+    shown.step(1, {"score": math.nan})
+    assert "– │ pc" in out.getvalue() and "score –" in out.getvalue() and "nan" not in out.getvalue()
+
+
+def test_the_summary_stands_in_columns_and_tells_what_was_trained(tmp_path: Path):
+    shown, out = terminal(False)
+
+    def evaluation(step: int, score: float) -> dict:
+        metrics = {"eval_score": score, "eval_scores/repetition_3gram": score / 2, "eval_scores/b": score / 4}
+        return {"step": step, "metrics": metrics | {"eval_length": 3.0}, "shown": [("p", "c", score)]}
+
+    shown.summary(evaluation(0, 1.0), evaluation(5, 2.0), str(tmp_path), str(tmp_path), 1)
+    rows = [line for line in out.getvalue().splitlines() if "→    " in line]
+    assert [row.split()[1] for row in rows] == ["score", "scores/repetition_3gram", "scores/b", "length"]
+    assert len({row.index("→") for row in rows}) == 1
+    shown, out = terminal(False)
+    one = [evaluation(step, 1.0) | {"metrics": {"eval_score": 1.0, "eval_scores/a": 1.0}} for step in (0, 5)]
+    shown.summary(*one, "a", "b", 1)
+    assert "scores/a" in out.getvalue() and "│ score  " not in out.getvalue(), "one judge: said once"

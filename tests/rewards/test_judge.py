@@ -241,6 +241,17 @@ def test_an_interrupt_does_not_wait_for_one_that_cannot_be_cancelled(monkeypatch
     end.set()
 
 
+def test_a_cancelled_task_of_an_async_function_is_an_error_of_that_function():
+    async def waits(completions):
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    with pytest.raises(RewardError, match="'waits' raised RuntimeError: a task that it awaits was cancelled"):
+        Judge([waits])(["p"], ["c"], [[1]], {})
+
+
 def test_an_exception_in_an_async_function_is_named():
     async def server(completions, **kwargs):
         raise ConnectionError("refused")

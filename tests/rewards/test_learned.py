@@ -358,7 +358,7 @@ def test_a_run_scores_its_texts_with_the_judges_own_tokens(tmp_path: Path):
     prompts = tiny.tokenizer().batch_decode(
         [ids[mask] for ids, mask in zip(samples.prompt_ids, samples.prompt_mask, strict=True)]
     )
-    written = decode_completions(tiny.tokenizer(), samples.completion_ids, samples.completion_mask, prompts)
+    written = decode_completions(tiny.tokenizer(), samples, prompts)
     pipe = pipeline("text-classification", model=folder, function_to_apply="none", dtype="float32")
     expected = [pipe(p + c)[0]["score"] for p, c in zip(prompts, written, strict=True)]
     assert max(expected) - min(expected) > 0.01
@@ -454,3 +454,11 @@ def test_a_broken_folder_is_one_sentence(tmp_path: Path, file: str, text: str):
     with pytest.raises(ConfigError, match="^cannot load the reward model '.*judge': .+") as caught:
         ClassifierReward(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_every_part_of_a_model_in_memory_keeps_its_mode():
+    model = bert().eval()
+    model.bert.encoder.train()
+    before = [module.training for module in model.modules()]
+    ClassifierReward(model, tiny.tokenizer(pad_token="<unk>"))(["aa "], ["ba"])
+    assert [module.training for module in model.modules()] == before
