@@ -14,7 +14,9 @@ import yaml
 
 import hfpg
 from hfpg.algorithms import PPO, PRESETS, RLOO
+from hfpg.checkpoint import MAY_CHANGE
 from hfpg.config import ConfigError, TrainConfig, field, parse
+from hfpg.generation.hf import HARMLESS_OPTIONS
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -390,3 +392,14 @@ def test_help_tells_the_defaults_that_the_run_would_use(tmp_path: Path, capsys: 
     assert said.startswith("usage: hfpg x [--config FILE.yaml] [--FIELD VALUE …]\n\nFirst line.\n\n    an example\n")
     flat = " ".join(said.split())
     assert "(default: 0.125)" in flat and "(default: 12)" in flat and "(default: 11)" not in flat
+
+
+def test_the_page_of_settings_is_true():
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    defaults = dataclasses.asdict(TrainConfig())
+    assert rows == [
+        f"| `{f.name}` | `{defaults[f.name]!r}` | {f.metadata['help']} |" for f in dataclasses.fields(TrainConfig)
+    ]
+    assert ", ".join(f"`{name}`" for name in sorted(MAY_CHANGE)) in page
+    assert ", ".join(f"`{name}`" for name in HARMLESS_OPTIONS) in page
