@@ -92,8 +92,8 @@ def check_resumable(trainer: Any, path: Path) -> None:
 
 def ended_early(trainer: Any) -> str | None:
     """Why a run that is resumed has ended already: its evaluations had said so, and still do. None: it goes on."""
-    limit = trainer.args.stop_overoptimized
-    if 0 < limit <= trainer.run.watch.get("falling", 0):
+    limit, watch = trainer.args.stop_overoptimized, trainer.run.watch
+    if 0 < limit <= watch.get("falling", 0) and watch.get("name") == trainer.args.keep_best_by:
         return f"stop_overoptimized={limit}"
     for callback in trainer.events.handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback) and (

@@ -295,14 +295,14 @@ class PolicyGradientTrainer:
         metrics["epoch"] = self.epoch
         metrics.update(num_tokens=self.state.num_input_tokens_seen, tokens_per_second=tokens / max(seconds, 1e-9))
         metrics.update(beside(metrics, self.collector.said["metrics"]))
-        rows = []
+        self.unrecorded, rows = None, []  # what fails from here on is not written twice
+        if self.control.should_log:
+            self.events.log(metrics)
         if self.args.completions_steps and step % self.args.completions_steps == 0:
             rows = shown(rollout, self.processing_class)
             self.recorder.completions(records(step, rows, self.collector.said["extra"]))
         if self.control.should_log:
             self.recorder.metrics(step, metrics)
-            self.events.log(metrics)
-        self.unrecorded = None
         return rows
 
     def evaluate_if_due(self) -> None:
@@ -622,6 +622,14 @@ class PolicyGradientTrainer:
     def _path(self, folder: Path) -> str:
         return readable(folder, self.here)
 
+    def _record_if_not_yet(self) -> None:
+        if self.unrecorded is None:
+            return
+        try:
+            self.record(*self.unrecorded)
+        except Exception as error:  # the weights matter more
+            self.terminal.say(f"step {self.state.global_step} could not be written down: {error}")
+
     def _save_before_the_end(self) -> None:
         with suppress(OSError):  # a log on a full disk, say
             self.terminal.stop()
@@ -637,8 +645,7 @@ class PolicyGradientTrainer:
             save_actor_critic(self.learner.actor, where)
             self.processing_class.save_pretrained(where)
         else:
-            if self.unrecorded is not None:
-                self.record(*self.unrecorded)
+            self._record_if_not_yet()
             where = write_checkpoint(self)
         again = "start from" if self.updating else "resume_from_checkpoint=True goes on from"
         self.terminal.say(

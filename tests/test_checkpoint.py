@@ -407,12 +407,25 @@ class EndsEpoch(TrainerCallback):
         control.should_epoch_stop = state.global_step == 2
 
 
-@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
-def test_a_step_whose_callback_fails_is_written_down_and_is_over(event, tmp_path):
+class Tracker(Recorder):
+    """Its tracker fails at step 2, behind the line in the file."""
+
+    def metrics(self, step, values):
+        super().metrics(step, values)
+        if step == 2:
+            raise OSError("the tracker is down")
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", None])
+def test_a_step_whose_callback_or_tracker_fails_is_written_down_and_is_over(event, tmp_path):
     settings = dict(max_steps=4, completions_steps=1)
     whole = build.trainer(tmp_path / "whole", callbacks=[EndsEpoch()], **settings)
     whole.train()
-    failed = build.trainer(tmp_path / "run", callbacks=[EndsEpoch(), Fails(event, 2)], **settings)
+    failed = build.trainer(
+        tmp_path / "run", callbacks=[EndsEpoch(), *([Fails(event, 2)] if event else [])], **settings
+    )
+    if event is None:
+        failed.recorder.__class__ = Tracker
     with pytest.raises(OSError, match="the tracker is down"):
         failed.train()
     again = build.trainer(tmp_path / "run", callbacks=[EndsEpoch()], **settings)
@@ -422,6 +435,14 @@ def test_a_step_whose_callback_fails_is_written_down_and_is_over(event, tmp_path
     assert [row["step"] for row in again.state.log_history] == [1, 2, 3, 4]
     texts = [(tmp_path / name / "completions.jsonl").read_text() for name in ("run", "whole")]
     assert texts[0] == texts[1]
+
+
+def test_a_step_that_cannot_be_written_down_is_saved_all_the_same(tmp_path, monkeypatch, capsys):
+    run = build.trainer(tmp_path)
+    monkeypatch.setattr("hfpg.trainer.describe", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert (tmp_path / "checkpoint-1").is_dir() and "step 1 could not be written down" in capsys.readouterr().out
 
 
 def test_a_run_that_its_evaluations_have_ended_stays_ended(tmp_path, capsys):
@@ -438,6 +459,23 @@ def test_a_run_that_its_evaluations_have_ended_stays_ended(tmp_path, capsys):
     assert f"ended at step {ended.state.global_step}, by EarlyStoppingCallback(2); a larger one goes on" in (
         capsys.readouterr().out.replace("\n", " ")
     )
+
+
+def test_a_run_that_its_gold_judge_has_ended_stays_ended(tmp_path, capsys):
+    settings = dict(eval_dataset=HELD, eval_steps=1, save_steps=1, keep_best_by="eval_scores/count_a")
+    build.trainer(tmp_path, max_steps=1, **settings).train()
+    for limit, steps in ((2, 1), (3, 2)):
+        run = build.trainer(tmp_path, stop_overoptimized=limit, **settings)
+        load = run.replay.load  # the last to be loaded
+
+        def fallen(*given, of=run, then=load):
+            of.run.watch["falling"] = 2
+            return then(*given)
+
+        run.replay.load = fallen
+        run.train(resume_from_checkpoint=True)
+        assert run.state.global_step == steps
+    assert "ended at step 1, by stop_overoptimized=2; a larger one goes on" in capsys.readouterr().out
 
 
 def test_a_judge_may_change_the_working_folder(tmp_path, monkeypatch, capsys):
