@@ -139,7 +139,9 @@ class Terminal:
         pairs = list(zip(first["shown"], last["shown"], strict=True))[:shown]
         self.before_after([(p, b, s, a, t) for (p, b, s), (_, a, t) in pairs])
         names = [n for n in first["metrics"] if n.startswith("eval_scores/")]
-        if all(last["metrics"][n] != last["metrics"]["eval_score"] for n in names):  # of several judges: their sum
+        trained = last["metrics"].get("eval_score", math.nan)
+        known = [last["metrics"].get(n, math.nan) for n in names]
+        if not any(math.isclose(score, trained, rel_tol=1e-4, abs_tol=1e-6) for score in known):  # a sum of several
             names = ["eval_score", *names]
         names += [f"eval_{n}" for n in ("kl_to_ref", "length", "entropy", "distinct_2", "top_bigram_share")]
         rows = [

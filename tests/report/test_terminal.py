@@ -222,6 +222,6 @@ def test_the_summary_stands_in_columns_and_tells_what_was_trained(tmp_path: Path
     assert [row.split()[1] for row in rows] == ["score", "scores/repetition_3gram", "scores/b", "length"]
     assert len({row.index("→") for row in rows}) == 1
     shown, out = terminal(False)
-    one = [evaluation(step, 1.0) | {"metrics": {"eval_score": 1.0, "eval_scores/a": 1.0}} for step in (0, 5)]
+    one = [evaluation(step, 1.0) | {"metrics": {"eval_score": 1.0, "eval_scores/a": 1.0000001}} for step in (0, 5)]
     shown.summary(*one, "a", "b", 1)
     assert "scores/a" in out.getvalue() and "│ score  " not in out.getvalue(), "one judge: said once"
