@@ -98,7 +98,8 @@ def refuse_other(folder: Path, stages: Sequence[str], script: Any, *names: str) 
     """
     note, now = folder / "stages.json", {name: getattr(script, name) for name in names}
     made = any((folder / stage).exists() for stage in stages)
-    before = json.loads(note.read_text(encoding="utf-8")) if made and note.exists() else now
+    text = note.read_text(encoding="utf-8", errors="replace") if made and note.exists() else ""
+    before = now if not text else _parsed(text, note, 1)
     other = {name: value for name, value in before.items() if value != now.get(name)}
     require(not other, f"{folder} holds stages made with {other}, which are used again; name another folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -556,6 +556,7 @@ class PolicyGradientTrainer:
     def _begin(self, resume: str | bool | None) -> None:
         resume = self.args.resume_from_checkpoint if resume is None else resume
         resume = None if resume in (False, "False", "false", "") else resume
+        self.saved_step = min(self.saved_step, self.state.global_step)  # an earlier `train` may have failed to load
         path = find_checkpoint(resume, self.output_dir)
         if path is not None:
             path = undamaged(path.resolve(), resume not in (True, "True", "true"), self.terminal.say)

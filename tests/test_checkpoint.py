@@ -346,6 +346,25 @@ def test_a_signal_while_a_checkpoint_is_read_leaves_it_as_it_is(tmp_path, monkey
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == before
 
 
+def test_a_run_that_is_begun_again_after_a_load_that_failed_is_saved(tmp_path, monkeypatch):
+    run = build.trainer(tmp_path / "a", save_steps=1)
+    run.train()
+    again = build.trainer(tmp_path / "b", max_steps=9)
+    load = again.replay.load
+
+    def stop(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(again.replay, "load", stop)
+    with pytest.raises(SystemExit):
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    monkeypatch.setattr(again.replay, "load", load)
+    again.add_callback(Fails("on_step_end", 4))
+    with pytest.raises(OSError, match="the tracker is down"):
+        again.train()
+    assert (tmp_path / "b" / "checkpoint-4").is_dir()
+
+
 def test_an_empty_mark_of_the_best_model_is_another_ones(tmp_path):
     settings = dict(eval_dataset=HELD, eval_steps=1, save_steps=1, keep_best_by="eval_scores/count_a")
     build.trainer(tmp_path, **settings).train()
