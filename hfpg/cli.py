@@ -25,9 +25,10 @@ from rich.table import Table
 
 from hfpg import embedded
 from hfpg.algorithms import PRESETS
-from hfpg.config import ConfigError, TrainConfig, field, nearest, one_sentence, parse, peek, read_yaml, require
+from hfpg.config import ConfigError, TrainConfig, field, nearest, one_sentence, parse, require
 from hfpg.data import PromptData, decode_completions, load_prompts, step_ends
 from hfpg.files import read_rows
+from hfpg.flags import peek, read_yaml
 from hfpg.generation.hf import HFGenerator
 from hfpg.preflight import context_length, dry_call, load_tokenizer
 from hfpg.pretrained import load_config, load_policy

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hfpg import hub, preflight
+from hfpg import evaluation, hub, preflight, session
 from hfpg.arguments import check_arguments, named_or_made
-from hfpg.checkpoint import (
-    RunState,
-    checkpoints,
-    find_checkpoint,
-    put_best,
-    set_aside,
-    undamaged,
-)
+from hfpg.checkpoint import RunState
 from hfpg.collector import Collector
 from hfpg.config import TrainConfig, require
-from hfpg.data import PromptData, share, step_ends
+from hfpg.data import PromptData, step_ends
 from hfpg.distributed import launch, raise_together
 from hfpg.events import Events
 from hfpg.frozen import freeze_below
@@ -42,14 +33,13 @@ from hfpg.replay import Replay
 from hfpg.report.card import CardFacts, loadable, model_card, readable
 from hfpg.report.clock import Clock
 from hfpg.report.command import command_line
-from hfpg.report.completions import Shown, describe_evaluation, records, shown
+from hfpg.report.completions import Shown, records, shown
 from hfpg.report.floor import Floor
 from hfpg.report.metrics import describe, explained_variance
 from hfpg.report.recorder import Recorder, versions
 from hfpg.report.terminal import Terminal, signed
-from hfpg.report.watch import IN_A_ROW, Column, Watch, seen
 from hfpg.rescorer import Rescorer
-from hfpg.resume import check_resumable, ended_early, evaluation_due, go_on_from, write_checkpoint
+from hfpg.resume import evaluation_due, write_checkpoint
 from hfpg.rewards import Judge
 from hfpg.rewards.judge import beside
 from hfpg.types import Prompts, Rollout, Samples, Scores
@@ -113,7 +103,7 @@ class PolicyGradientTrainer:
         self.facts: dict[str, Any] = {}
         self.saved_step: float = -1  # infinite while a checkpoint is loaded
         self.unrecorded: tuple[Rollout, dict[str, float]] | None = None  # a step that no file tells of yet
-        self._claimed = False  # the run's folder is ours to write in: fresh, or resumed
+        self.claimed = False  # the run's folder is ours to write in: fresh, or resumed
         self.updating = False
 
     # ── the page ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,8 +116,8 @@ class PolicyGradientTrainer:
         """
         args, metrics = self.args, {}
         alone = preflight.alone(self.output_dir, self.accelerator)
-        with alone, self.interrupt.saving_first(self._save_before_the_end):
-            self._begin(resume_from_checkpoint)
+        with alone, self.interrupt.saving_first(partial(session.save_before_the_end, self)):
+            session.begin(self, resume_from_checkpoint)
             while self.state.global_step < args.max_steps and not self.control.should_training_stop:
                 self.events.begin_step(self.epoch)
                 samples, scores = self.collect()  # act and judge
@@ -137,7 +127,7 @@ class PolicyGradientTrainer:
                     self.end_turn(rollout, metrics)
                 self.evaluate_if_due()
                 self.checkpoint_if_due()
-        self._end()
+        session.end(self)
         return metrics
 
     def step(self, rollout: Rollout) -> dict[str, float]:
@@ -191,66 +181,13 @@ class PolicyGradientTrainer:
         self.guards.policy(rollout)
         return rollout
 
-    @torch.no_grad()
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
         """One completion of each held-out prompt, with the same random numbers at every call and for every seed.
 
         Returns `eval_*` metrics: those of a rollout (see docs/glossary.md), `eval_distinct_2` (token bigrams) and
         `eval_top_bigram_share` (share of texts with the most frequent word bigram).
         """
-        data = self.eval_data if dataset is None else self._data(dataset, self.learner.actor.policy.config)
-        require(data is not None, "evaluate needs held-out prompts; give the trainer an eval_dataset")
-        assert data is not None
-        preflight.check_eval(data, self.args, self.accelerator.num_processes)
-        mine = share(len(data), self.accelerator.process_index, self.accelerator.num_processes)
-        ids = -1 - torch.arange(mine.start, mine.stop)  # negative: never the key of a training sample
-        prompts, samples = self.sample(data, list(mine), ids)
-        before = self.collector.said  # of a step that may not be reported yet
-        rollout = self.rescore(samples, self.judge_samples(prompts, samples))
-        said, self.collector.said = self.collector.said, before
-        self.clock.read()
-        self.events.fire("on_prediction_step")
-        in_order = rollout.take(torch.argsort(rollout.sample_ids, descending=True))
-        rows = shown(in_order, self.processing_class)
-        found = describe_evaluation(rollout, said["by_function"], rows)
-        found["dropped"] = len(said["errors"]) / max(said["rows"], 1)
-        found |= beside(found, said["metrics"])
-        metrics = {f"eval_{name}": value for name, value in found.items()}
-        if dataset is None:
-            self.evaluations.append({"step": self.state.global_step, "metrics": metrics, "shown": [*map(list, rows)]})
-            self.run.first_evaluation = self.evaluations[0]
-        ours = self._claimed or not self.occupied  # before `train`, a folder that holds a run is only looked at
-        if ours:
-            self.recorder.metrics(self.state.global_step, metrics)
-        self.events.evaluated(metrics)
-        if ours and dataset is None and self.args.keep_best_by is not None:
-            scores = zip(in_order.scores.tolist(), in_order.weights.tolist(), strict=True)
-            proxy = [score if weight else None for score, weight in scores]
-            gold = said["by_function"].get(self.args.keep_best_by.removeprefix("eval_scores/"), [])
-            self._keep_best(metrics, self.args.keep_best_by, proxy, gold)
-        return metrics
-
-    def _keep_best(self, metrics: dict[str, float], name: str, proxy: Column, gold: Column) -> None:
-        """Keep the model that is best by a metric which training does not see, and say when the two part."""
-        unheard = metrics["eval_dropped"] > self.args.max_dropped or metrics["eval_unscored"] == 1
-        if unheard or not math.isfinite(metrics.get(name, math.nan)):
-            self.terminal.say(f"this evaluation says nothing of {name}: nothing was scored, or logged, under it")
-            return
-        watch, best = seen(Watch.resumed(self.run.watch, name), self.state.global_step, metrics[name], proxy, gold)
-        if best:
-            whole = self.save_model(self.output_dir / "best.tmp")  # a kill in the middle leaves the best so far
-            self.on_main(lambda: put_best(whole, self.output_dir / "best", self.state.global_step))
-        self.run.watch = dataclasses.asdict(watch)
-        enough = 0 < self.args.stop_overoptimized <= watch.falling
-        if enough or watch.falling >= IN_A_ROW:
-            self.terminal.say(
-                f"eval_score rose to {metrics['eval_score']:+.3f} and {name} fell to {metrics[name]:+.3f}, beyond "
-                f"chance and in {watch.falling} evaluations in a row: the policy is learning the judge's weaknesses. "
-                f"The best by {name} ({watch.best:+.3f}, step {watch.best_step}) is in "
-                f"{self._path(self.output_dir / 'best')}; a larger kl_coef holds it nearer to the reference"
-            )
-        if enough:
-            self.control.should_training_stop = True
+        return evaluation.evaluate(self, dataset)
 
     # ── watching ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -406,7 +343,7 @@ class PolicyGradientTrainer:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
         count = len(self.evaluations)
         require(count > 1, f"summary compares two evaluations; there are {count}: evaluate before and after train()")
-        where = self._path(saved), self._path(self.output_dir)
+        where = self.readable(saved), self.readable(self.output_dir)
         self.terminal.summary(self.evaluations[0], self.evaluations[-1], *where, prompts)
 
     # ── before the loop: what can be refused is refused before the model loads ─────────────────────────────────────
@@ -424,12 +361,13 @@ class PolicyGradientTrainer:
         if self.args.use_liger_kernel:
             check_liger(config, self.accelerator.device)
         self.processing_class = preflight.load_tokenizer(model, processing_class, self.args)
-        self.train_data = self._data(train_dataset, config)
+        self.train_data = self.read(train_dataset, config)
         preflight.check_data(self.train_data, self.args)
-        self.eval_data = None if eval_dataset is None else self._data(eval_dataset, config)
+        self.eval_data = None if eval_dataset is None else self.read(eval_dataset, config)
         preflight.check_eval(self.eval_data, self.args, self.accelerator.num_processes)
 
-    def _data(self, dataset: Any, config: Any) -> PromptData:
+    def read(self, dataset: Any, config: Any) -> PromptData:
+        """Rows as prompts of this run, for a model of this configuration."""
         return PromptData(
             dataset,
             self.processing_class,
@@ -460,7 +398,7 @@ class PolicyGradientTrainer:
         self.output_dir, made = preflight.prepare_output_dir(*wanted, self.here)
         self.occupied = bool(preflight.left_by_a_run(self.output_dir))
         self.named_dir = args.output_dir
-        self.args = dataclasses.replace(args, output_dir=self._path(self.output_dir))
+        self.args = dataclasses.replace(args, output_dir=self.readable(self.output_dir))
         return preflight.folder_on_trial(made)
 
     def _load(self, model: Any, peft_config: Any) -> ActorCritic:
@@ -553,102 +491,6 @@ class PolicyGradientTrainer:
     def _event(self, name: str) -> None:
         self.events.fire(name)
 
-    def _begin(self, resume: str | bool | None) -> None:
-        resume = self.args.resume_from_checkpoint if resume is None else resume
-        resume = None if resume in (False, "False", "false", "") else resume
-        self.saved_step = min(self.saved_step, self.state.global_step)  # an earlier `train` may have failed to load
-        path = find_checkpoint(resume, self.output_dir)
-        if path is not None:
-            path = undamaged(path.resolve(), resume not in (True, "True", "true"), self.terminal.say)
-            check_resumable(self, path)
-        fresh = path is None and not resume and not self._claimed
-        if fresh or (path is not None and path.parent != self.output_dir.resolve()):
-            overwrite = self.args.overwrite_output_dir
-            self.on_main(lambda: preflight.clear_folder(self.output_dir, self.occupied, overwrite))
-        if path is not None:
-            go_on_from(self, path)
-        elif resume:
-            preflight.refuse_newest_of_nothing(resume, self.named_dir)
-            torn = self.output_dir / "interrupted"
-            weights = f" (weights of an update that was cut short are in {self._path(torn)})" if torn.exists() else ""
-            self.terminal.say(
-                f"no checkpoint in {self._path(self.output_dir)} to resume from: starting at step 0{weights}"
-            )
-        unseen, self._claimed = self.occupied and not self._claimed, True
-        if self.value_head_from is not None and path is None:
-            self.terminal.say(f"the value head goes on from the one saved with {self.model_name}")
-        if resume:
-            again = self.run.evaluation_due or (unseen and self.state.global_step == 0)
-            self.recorder.rewind(self.state.global_step, evaluation=again)
-            for evaluation in self.evaluations if unseen and path is None else ():  # made before the folder was ours
-                self.recorder.metrics(evaluation["step"], evaluation["metrics"])
-            self.on_main(lambda: set_aside(self.output_dir, self.state.global_step))
-        self.facts.setdefault("model", self.model_name)
-        self.recorder.run_file(
-            {
-                "seed": self.args.seed,
-                "algorithm": {"name": type(self.algorithm).__name__, **dataclasses.asdict(self.algorithm)},
-                "config": self.args.to_dict(),
-                "rewards": self.judge.names,
-                "processes": self.accelerator.num_processes,
-                "threads": torch.get_num_threads(),
-                "device": str(self.accelerator.device),
-                "resumed_from": None if path is None else path.name,
-                **self.facts,
-            }
-        )
-        if hasattr(self.algorithm, "warnings") and path is None:
-            for text in self.algorithm.warnings(fresh_value_head=self.value_head_from is None):
-                self.terminal.say(f"note: {text}")
-        self.events.begin_training(self.args.max_steps)
-        if self.args.eval_on_start and self.eval_data is not None and self.state.global_step == 0:
-            self.evaluate()
-        self.evaluate_if_due()  # where the run was stopped before it was done
-        over = None if path is None else ended_early(self)
-        if over is not None and self.state.global_step < self.args.max_steps:
-            self.terminal.say(f"the run had ended at step {self.state.global_step}, by {over}; a larger one goes on")
-            self.control.should_training_stop = True
-        self.clock.read()
-        self.terminal.start(self.state.global_step)
-
-    def _end(self) -> None:
-        self.terminal.stop()
-        self.events.end_training()
-        if self.args.push_to_hub:
-            if self.eval_data is not None:  # the card tells what is measured
-                self.evaluate()
-            url = self.push_to_hub()
-            self.terminal.say(f"pushed to {url}")
-
-    def _path(self, folder: Path) -> str:
+    def readable(self, folder: Path) -> str:
+        """A folder as a person who started the run would write it."""
         return readable(folder, self.here)
-
-    def _record_if_not_yet(self) -> None:
-        if self.unrecorded is None:
-            return
-        try:
-            self.record(*self.unrecorded)
-        except Exception as error:  # the weights matter more
-            self.terminal.say(f"step {self.state.global_step} could not be written down: {error}")
-
-    def _save_before_the_end(self) -> None:
-        with suppress(OSError):  # a log on a full disk, say
-            self.terminal.stop()
-        unsaved = self.state.global_step > max(self.saved_step, 0)
-        if not self.accelerator.is_main_process or not (unsaved or self.updating or self.guards.broken):
-            return
-        if self.guards.broken:
-            kept = [p.name for p in checkpoints(self.output_dir)] or "none"
-            self.terminal.say(f"stopped at step {self.state.global_step}: it is not saved; checkpoints: {kept}")
-            return
-        if self.updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
-            where = self.output_dir / "interrupted"
-            save_actor_critic(self.learner.actor, where)
-            self.processing_class.save_pretrained(where)
-        else:
-            self._record_if_not_yet()
-            where = write_checkpoint(self)
-        again = "start from" if self.updating else "resume_from_checkpoint=True goes on from"
-        self.terminal.say(
-            f"stopped at step {self.state.global_step}; what was trained is saved: {again} {self._path(where)}"
-        )

@@ -21,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from hfpg import ConfigError
+from hfpg import ConfigError, session
 from hfpg.algorithms import (
     A2C,
     CISPO,
@@ -377,7 +377,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-2" / "hfpg_state.json").unlink()
     (tmp_path / "checkpoint-9.tmp").mkdir()
     again = build.trainer(tmp_path, max_steps=2, save_steps=1, resume_from_checkpoint="True")
-    again._begin(None)
+    session.begin(again, None)
     assert again.state.global_step == 1
 
 
@@ -661,7 +661,7 @@ def test_a_resumed_rank_knows_that_it_is_not_the_main_one(tmp_path, monkeypatch)
     trainer = build.trainer(tmp_path, save_steps=1, max_steps=3, resume_from_checkpoint="True")
     monkeypatch.setattr(type(trainer.accelerator), "is_main_process", property(lambda self: False))
     monkeypatch.setattr(trainer, "on_main", lambda do: None)
-    trainer._begin(None)
+    session.begin(trainer, None)
     assert not trainer.state.is_world_process_zero and not trainer.state.is_local_process_zero
 
 

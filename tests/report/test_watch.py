@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from hfpg import ConfigError
+from hfpg import ConfigError, session
 from hfpg.algorithms import PPO, Reinforce
 from hfpg.config import GuardStop, one_sentence
 from hfpg.models import load_actor_critic
@@ -143,7 +143,7 @@ def test_it_stops_when_asked_and_remembers_across_a_resume(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 4
     again = make(tmp_path, resume_from_checkpoint="True", save_steps=1)
-    again._begin(None)
+    session.begin(again, None)
     assert again.run.watch["best"] == 2.0 and again.run.watch["falling"] == 2
 
 

@@ -1,0 +1,131 @@
+"""Around the loop of a trainer: how a run begins, how it ends, and what is saved when it ends too soon."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfpg import preflight
+from hfpg.checkpoint import checkpoints, find_checkpoint, set_aside, undamaged
+from hfpg.models import save_actor_critic
+from hfpg.resume import check_resumable, ended_early, go_on_from, write_checkpoint
+
+
+def begin(trainer: Any, resume: str | bool | None) -> None:
+    """What comes before the first turn: a fresh folder or a checkpoint to go on from, run.json, the first evaluation.
+
+    Raises:
+        ConfigError: a checkpoint that is not there, or of a run with other settings; a folder that holds another run.
+    """
+    resume = trainer.args.resume_from_checkpoint if resume is None else resume
+    resume = None if resume in (False, "False", "false", "") else resume
+    path = _take_folder(trainer, resume)
+    unseen, trainer.claimed = trainer.occupied and not trainer.claimed, True
+    if trainer.value_head_from is not None and path is None:
+        trainer.terminal.say(f"the value head goes on from the one saved with {trainer.model_name}")
+    if resume:
+        again = trainer.run.evaluation_due or (unseen and trainer.state.global_step == 0)
+        trainer.recorder.rewind(trainer.state.global_step, evaluation=again)
+        for evaluation in trainer.evaluations if unseen and path is None else ():  # made before the folder was ours
+            trainer.recorder.metrics(evaluation["step"], evaluation["metrics"])
+        trainer.on_main(lambda: set_aside(trainer.output_dir, trainer.state.global_step))
+    _write_run_file(trainer, path)
+    if hasattr(trainer.algorithm, "warnings") and path is None:
+        for text in trainer.algorithm.warnings(fresh_value_head=trainer.value_head_from is None):
+            trainer.terminal.say(f"note: {text}")
+    trainer.events.begin_training(trainer.args.max_steps)
+    if trainer.args.eval_on_start and trainer.eval_data is not None and trainer.state.global_step == 0:
+        trainer.evaluate()
+    trainer.evaluate_if_due()  # where the run was stopped before it was done
+    over = None if path is None else ended_early(trainer)
+    if over is not None and trainer.state.global_step < trainer.args.max_steps:
+        trainer.terminal.say(f"the run had ended at step {trainer.state.global_step}, by {over}; a larger one goes on")
+        trainer.control.should_training_stop = True
+    trainer.clock.read()
+    trainer.terminal.start(trainer.state.global_step)
+
+
+def _take_folder(trainer: Any, resume: str | bool | None) -> Path | None:
+    """The run's folder, emptied or as a run left it; the checkpoint that was loaded, if any."""
+    step, say = trainer.state.global_step, trainer.terminal.say
+    trainer.saved_step = min(trainer.saved_step, step)  # an earlier `train` may have failed to load
+    path = find_checkpoint(resume, trainer.output_dir)
+    if path is not None:
+        path = undamaged(path.resolve(), resume not in (True, "True", "true"), say)
+        check_resumable(trainer, path)
+    fresh = path is None and not resume and not trainer.claimed
+    if fresh or (path is not None and path.parent != trainer.output_dir.resolve()):
+        overwrite = trainer.args.overwrite_output_dir
+        trainer.on_main(lambda: preflight.clear_folder(trainer.output_dir, trainer.occupied, overwrite))
+    if path is not None:
+        go_on_from(trainer, path)
+    elif resume:
+        preflight.refuse_newest_of_nothing(resume, trainer.named_dir)
+        torn, where = trainer.output_dir / "interrupted", trainer.readable(trainer.output_dir)
+        cut = f" (weights of an update that was cut short are in {trainer.readable(torn)})" if torn.exists() else ""
+        say(f"no checkpoint in {where} to resume from: starting at step 0{cut}")
+    return path
+
+
+def _write_run_file(trainer: Any, path: Path | None) -> None:
+    trainer.facts.setdefault("model", trainer.model_name)
+    trainer.recorder.run_file(
+        {
+            "seed": trainer.args.seed,
+            "algorithm": {"name": type(trainer.algorithm).__name__, **dataclasses.asdict(trainer.algorithm)},
+            "config": trainer.args.to_dict(),
+            "rewards": trainer.judge.names,
+            "processes": trainer.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": str(trainer.accelerator.device),
+            "resumed_from": None if path is None else path.name,
+            **trainer.facts,
+        }
+    )
+
+
+def end(trainer: Any) -> None:
+    """What comes after the last turn: callbacks hear of it, and the model is pushed where that is asked for."""
+    trainer.terminal.stop()
+    trainer.events.end_training()
+    if trainer.args.push_to_hub:
+        if trainer.eval_data is not None:  # the card tells what is measured
+            trainer.evaluate()
+        url = trainer.push_to_hub()
+        trainer.terminal.say(f"pushed to {url}")
+
+
+def save_before_the_end(trainer: Any) -> None:
+    """A signal or an error takes nothing: the step that is done is saved, or weights between two optimizer steps."""
+    with suppress(OSError):  # a log on a full disk, say
+        trainer.terminal.stop()
+    step, say = trainer.state.global_step, trainer.terminal.say
+    unsaved = step > max(trainer.saved_step, 0)
+    if not trainer.accelerator.is_main_process or not (unsaved or trainer.updating or trainer.guards.broken):
+        return
+    if trainer.guards.broken:
+        kept = [p.name for p in checkpoints(trainer.output_dir)] or "none"
+        say(f"stopped at step {step}: it is not saved; checkpoints: {kept}")
+        return
+    if trainer.updating:  # between optimizer steps: no exact place to resume from, but the weights are kept
+        where = trainer.output_dir / "interrupted"
+        save_actor_critic(trainer.learner.actor, where)
+        trainer.processing_class.save_pretrained(where)
+    else:
+        _record_if_not_yet(trainer)
+        where = write_checkpoint(trainer)
+    again = "start from" if trainer.updating else "resume_from_checkpoint=True goes on from"
+    say(f"stopped at step {step}; what was trained is saved: {again} {trainer.readable(where)}")
+
+
+def _record_if_not_yet(trainer: Any) -> None:
+    if trainer.unrecorded is None:
+        return
+    try:
+        trainer.record(*trainer.unrecorded)
+    except Exception as error:  # the weights matter more
+        trainer.terminal.say(f"step {trainer.state.global_step} could not be written down: {error}")
