@@ -137,7 +137,10 @@ def damage(path: Path) -> str | None:
         written = unsealed((path / STATE_FILE).read_text()).get("files", {})
     except (OSError, ValueError) as error:
         return f"{STATE_FILE} cannot be read: {error}"
-    return changed_file(path, written)
+    try:
+        return changed_file(path, written)
+    except OSError as error:  # a bad sector, no right to read
+        return f"a file of it cannot be read: {error}"
 
 
 def undamaged(path: Path, by_name: bool, say: Callable[[str], None]) -> Path:

@@ -152,6 +152,7 @@ class TrainConfig:
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         self.stop_strings = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
         check_choices(self)
+        require(self.output_dir != "", "output_dir='' is no folder; name one, such as 'runs/mine', or leave it out")
         self._check_ranges()
         self._check_together()
 

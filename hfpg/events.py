@@ -123,12 +123,18 @@ class Events:
         """A step is done. True when a callback asks to go on with the next epoch at once."""
         self.state.epoch = epoch
         self.fire("on_step_end")
-        # a callback may look at the clock, or at files of one machine: ranks must agree, or they wait for ever
+        self.agree()
+        return self.control.should_epoch_stop
+
+    def agree(self) -> None:
+        """The main process's flags on every rank.
+
+        A callback may look at the clock, or at files of one machine: ranks that differ would wait for ever.
+        """
         names = [f.name for f in dataclasses.fields(self.control) if f.name.startswith("should_")]
         flags = same_everywhere(self.accelerator, [getattr(self.control, name) for name in names])
         for name, flag in zip(names, flags, strict=True):
             setattr(self.control, name, flag)
-        return self.control.should_epoch_stop
 
     def end_training(self) -> None:
         """The loop is over."""

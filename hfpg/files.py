@@ -100,6 +100,7 @@ def refuse_other(folder: Path, stages: Sequence[str], script: Any, *names: str) 
     made = any((folder / stage).exists() for stage in stages)
     text = note.read_text(encoding="utf-8", errors="replace") if made and note.exists() else ""
     before = now if not text else _parsed(text, note, 1)
+    require(isinstance(before, dict), f"{note} holds no JSON object; name another folder, or remove its stages")
     other = {name: value for name, value in before.items() if value != now.get(name)}
     require(not other, f"{folder} holds stages made with {other}, which are used again; name another folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,10 @@ A push sends files of known names only, in one commit, after a search for access
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,6 +66,8 @@ HUB_FILES = (*MODEL_FILES, *TOKENIZER_FILES, *VALUE_FILES, "hfpg.json", "README.
 POLICY_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 WHOAMI_SECONDS = 30.0
+RETRY_AFTER = (2.0, 10.0, 30.0)
+"""Seconds before a push that failed for a moment (a dropped connection, 429, 5xx) is tried again."""
 
 
 class HubError(ConfigError):
@@ -104,7 +108,8 @@ def check_login(repo_id: str) -> str:
         account = _within(WHOAMI_SECONDS, HfApi().whoami)
     except Exception as error:
         reason = _reason(error)
-        hint = "or" if LOGIN in reason else f"{LOGIN}, or"
+        busy = isinstance(error, HfHubHTTPError) and _passes(error)
+        hint = "or" if LOGIN in reason else "try again, or" if busy else f"{LOGIN}, or"
         raise HubError(f"cannot push to {repo_id!r}: {reason}; {hint} train without push_to_hub") from error
     user = account["name"]
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -130,10 +135,12 @@ def push_folder(
     """Pushes a saved policy to the Hub in one commit and logs whether the repository is public or private.
 
     The repository, and the branch if `revision` names a new one, are created when they do not exist. Weights of an
-    earlier push that are no longer in the folder (shards, an old value head) are removed by the same commit.
+    earlier push that are no longer in the folder (shards, an old value head) are removed by the same commit, and so
+    are files of its tokenizer where the folder has one. What fails for a moment is tried again, three times.
 
     Args:
-        folder: what `save_model` wrote; of it only `HUB_FILES` are sent.
+        folder: what `save_model` wrote; of it only `HUB_FILES` are sent, and the Python files of a model that has
+            its code in the folder (`auto_map` in config.json).
         repo_id: `user/name` or `name`.
         private: makes a new repository private. None: the Hub's default, public unless an organization says otherwise.
         revision: branch to push to; default `main`.
@@ -149,8 +156,9 @@ def push_folder(
     """
     check_repo_id(repo_id)
     files = files_to_push(folder)
+    _say_if_nobody_has_the_base(files)
     try:
-        return _push(files, repo_id, private, revision, commit_message)
+        return _patiently(lambda: _push(files, repo_id, private, revision, commit_message))
     except HubError:
         raise
     except Exception as error:  # whatever it was: after hours of training the user must hear that nothing is lost
@@ -185,6 +193,10 @@ def files_to_push(folder: str | Path) -> dict[str, Path]:
             if _named(path_in_repo, HUB_FILES):
                 _check_file(path)
                 files[path_in_repo] = path
+    if _has_own_code(root):
+        for path in sorted(root.glob("*.py")):
+            _check_file(path)
+            files[path.name] = path
     if not any(_named(path, POLICY_WEIGHTS) for path in files):
         raise HubError(f"{str(folder)!r} holds no policy: none of {', '.join(POLICY_WEIGHTS)}; call save_model first")
     return files
@@ -194,7 +206,8 @@ def pull(repo_id_or_folder: str | Path, revision: str | None = None) -> Path:
     """The folder of a saved policy: a local one as it is, else a snapshot from the Hub (or from the cache, offline).
 
     Args:
-        repo_id_or_folder: a local folder, or a repository id; of a repository only `HUB_FILES` are downloaded.
+        repo_id_or_folder: a local folder, or a repository id; of a repository only `HUB_FILES` and Python files in
+            its root are downloaded (nothing here runs them).
         revision: branch, tag or commit; only with a repository.
 
     Returns:
@@ -215,7 +228,7 @@ def pull(repo_id_or_folder: str | Path, revision: str | None = None) -> Path:
     except HubError as error:
         raise HubError(f"there is no folder {source!r}, and {error}") from error
     try:
-        snapshot = Path(HfApi().snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES)))
+        snapshot = Path(HfApi().snapshot_download(source, revision=revision, allow_patterns=[*HUB_FILES, "*.py"]))
     except Exception as error:
         raise HubError(_why_not_pulled(source, revision, error)) from error
     if not snapshot.is_dir():
@@ -243,7 +256,10 @@ def _push(
             "or choose another name"
         )
     there = [sibling.rfilename for sibling in info.siblings or []]
-    stale = [path for path in there if path not in files and _named(path, (*MODEL_FILES, *VALUE_FILES))]
+    ours = (*MODEL_FILES, *VALUE_FILES)
+    if any(_named(path, TOKENIZER_FILES) for path in files):  # an older chat template beside it would be used
+        ours += TOKENIZER_FILES
+    stale = [path for path in there if path not in files and _named(path, ours)]
     operations: list[Any] = [CommitOperationDelete(path) for path in stale]
     operations += [CommitOperationAdd(path_in_repo, str(path)) for path_in_repo, path in files.items()]
     api.create_commit(full_id, operations, commit_message=commit_message, revision=revision)
@@ -276,6 +292,61 @@ def _check_file(path: Path) -> None:
             content = file.read()
     if SECRET.search(content.decode("utf-8", "replace")):
         raise HubError(f"{path} has what looks like a Hub access token (hf_...) in it; remove it and push again")
+
+
+def _has_own_code(folder: Path) -> bool:
+    """Whether the model's classes are in Python files beside its config."""
+    return bool(_json(folder / "config.json").get("auto_map"))
+
+
+def _say_if_nobody_has_the_base(files: dict[str, Path]) -> None:
+    """Warn of an adapter whose base model is a folder, or was made in memory: nobody else can load it."""
+    if "adapter_config.json" not in files:
+        return
+    base = _json(files["adapter_config.json"]).get("base_model_name_or_path")
+    try:
+        check_repo_id(str(base or "/"))
+        there = not Path(str(base)).exists()
+    except HubError:
+        there = False
+    if not there:
+        logger.warning(
+            "this adapter's base model is %r, which nobody else has: push the base model and write its repository "
+            "into base_model_name_or_path of adapter_config.json, or push the merged model (merge_and_unload)",
+            base,
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Result of `call`, which may be repeated: what passes by itself is waited for."""
+    for seconds in RETRY_AFTER:
+        try:
+            return call()
+        except Exception as error:
+            if not _passes(error):
+                raise
+            logger.warning("%s; trying again in %g s", _reason(error), seconds)
+        time.sleep(seconds)
+    return call()
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether an error may be gone at the next try: no answer, or one that says that the Hub is busy or broken."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _passes(error.__cause__)
+    offline = isinstance(error, OfflineModeIsEnabled | LocalTokenNotFoundError | FileNotFoundError | PermissionError)
+    return not offline and (isinstance(error, OSError) or type(error).__module__.startswith("httpx"))
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

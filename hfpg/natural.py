@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Fisher = Literal["auto", "exact", "finite_difference"]
 TRACE_PROBES = 2
+ROUNDING = 8  # units in the last place of the largest log-prob
 
 
 class TrustRegion:
@@ -222,6 +223,8 @@ def natural_step(
     metrics |= dict(trust_region_kl=0.0, surrogate_gain=0.0, step_fraction=0.0, line_search_failures=0.0)
     if not 0 < norm < float("inf"):
         return metrics | {"skipped_steps": float(norm != 0)}
+    if only_rounding(rollout, estimates):  # a step is as long as max_kl says, along noise too
+        return metrics
     kind = choose_fisher(region, fisher, g)
     whole, residual = whole_step(region, g, kind, max_kl, damping, cg_iterations)
     fraction, kl, gain = search(region, whole, max_kl, backtrack, backtrack_steps)
@@ -232,6 +235,16 @@ def natural_step(
         metrics |= dict(optimizer_steps=1.0, trust_region_kl=kl, surrogate_gain=gain, step_fraction=fraction)
     metrics["line_search_failures"] = float(fraction == 0)
     return metrics | dict(cg_residual=residual, fisher_exact=float(kind == "exact"))
+
+
+def only_rounding(rollout: Rollout, estimates: Estimates) -> bool:
+    """Whether no advantage is more than what rounding leaves of equal scores and of the KL of two equal policies."""
+    counted = rollout.completion_mask & (rollout.weights > 0)[:, None]
+    if not counted.any():
+        return False
+    largest = float(estimates.advantages[counted].abs().max())
+    logprobs = rollout.old_logprobs[counted]
+    return largest <= ROUNDING * torch.finfo(logprobs.dtype).eps * max(1.0, float(logprobs.abs().max()))
 
 
 def whole_step(

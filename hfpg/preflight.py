@@ -120,10 +120,12 @@ def _output_dir(args: TrainConfig, algorithm: Any, model_name: str, here: Path) 
             folder = base.with_name(f"{base.name}-{number}")
     else:
         folder = here / args.output_dir
-    require(not folder.is_file(), f"output_dir={str(folder)!r} is a file; name a folder")
-    find_checkpoint(args.resume_from_checkpoint, folder)  # refuses a path that is no checkpoint
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        require(not folder.is_file(), f"output_dir={str(folder)!r} is a file; name a folder")
+        broken = folder.is_symlink() and not folder.exists()
+        require(not broken, f"output_dir={str(folder)!r} is a link to nothing; remove it, or name a folder")
+        find_checkpoint(args.resume_from_checkpoint, folder)  # refuses a path that is no checkpoint
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
@@ -201,6 +203,12 @@ def alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 def name_of(model: Any) -> str:
     """What a model is called: its Hub id or folder, or the class of one made in memory."""
     return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def base_of(model: Any, here: Path) -> str | None:
+    """The Hub id that the model came from; None for a folder and for a model made in memory."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return None if not name or (here / name).exists() else name
 
 
 def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:

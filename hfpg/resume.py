@@ -14,8 +14,8 @@ from hfpg.checkpoint import best_fits, check_settings, load_checkpoint, read_sta
 from hfpg.distributed import same_everywhere
 
 
-def write_checkpoint(trainer: Any) -> Path:
-    """Write checkpoint-N, on the main process.
+def write_checkpoint(trainer: Any, elsewhere: Path | None = None) -> Path:
+    """Write checkpoint-N, on the main process, into the run's folder or another one.
 
     Raises:
         GuardStop: the policy has weights that are not finite.
@@ -28,8 +28,9 @@ def write_checkpoint(trainer: Any) -> Path:
     run.last_evaluation = trainer.evaluations[-1] if len(trainer.evaluations) > 1 else None
     trainer.events.remember()
     given = trainer.learner, trainer.processing_class, trainer.state, run, settings_of(trainer), trainer.replay
-    path = save_checkpoint(trainer.output_dir, *given)
-    rotate(trainer.output_dir, trainer.args.save_total_limit)
+    path = save_checkpoint(elsewhere or trainer.output_dir, *given)
+    if elsewhere is None:
+        rotate(trainer.output_dir, trainer.args.save_total_limit)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from hfpg import preflight
-from hfpg.checkpoint import checkpoints, find_checkpoint, set_aside, undamaged
+from hfpg.checkpoint import CheckpointError, checkpoints, find_checkpoint, set_aside, undamaged
 from hfpg.models import save_actor_critic
 from hfpg.resume import check_resumable, ended_early, go_on_from, write_checkpoint
 
@@ -95,6 +96,7 @@ def end(trainer: Any) -> None:
     if trainer.args.push_to_hub:
         if trainer.eval_data is not None:  # the card tells what is measured
             trainer.evaluate()
+        trainer.terminal.say(f"pushing to {trainer.args.hub_model_id}; what is pushed is saved already")
         url = trainer.push_to_hub()
         trainer.terminal.say(f"pushed to {url}")
 
@@ -117,7 +119,13 @@ def save_before_the_end(trainer: Any) -> None:
         trainer.processing_class.save_pretrained(where)
     else:
         _record_if_not_yet(trainer)
-        where = write_checkpoint(trainer)
+        try:
+            where = write_checkpoint(trainer)
+        except CheckpointError as error:  # its disk is full: another one may not be
+            say(f"warning: {error}")
+            where = write_checkpoint(trainer, Path(tempfile.mkdtemp(prefix="hfpg-")))
+            say(f"stopped at step {step}; saved in another place: resume_from_checkpoint={str(where)!r} goes on")
+            return
     again = "start from" if trainer.updating else "resume_from_checkpoint=True goes on from"
     say(f"stopped at step {step}; what was trained is saved: {again} {trainer.readable(where)}")
 

@@ -8,6 +8,7 @@ The loop is that of `transformers.Trainer`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,7 +24,10 @@ from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.text_config import context_length
 
 
+logger = logging.getLogger(__name__)
+
 IGNORED = -100  # the label of a position that is not learnt, as in transformers
+YES, NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0", "")
 QUIET: dict[str, Any] = dict(report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no")
 
 
@@ -65,7 +69,17 @@ def fine_tune(
     if output_dir is not None:
         _refuse_unwritable(Path(output_dir))
     rows = tokenized(tokenizer, texts, prompts, context_length(model.config))
-    held, learnt = rows[:held_out], rows[held_out:]
+    held, learnt = rows[:held_out], [row for row in rows[held_out:] if row["labels"][-1] != IGNORED]
+    lost = len(rows) - held_out - len(learnt)
+    require(
+        bool(learnt),
+        f"all {lost} prompts fill the model's context of {context_length(model.config)} tokens, which leaves no token "
+        "to learn; give shorter prompts",
+    )
+    if lost:
+        logger.warning(
+            "%d of %d texts are not learnt: their prompts fill the model's context", lost, lost + len(learnt)
+        )
     with TemporaryDirectory() as folder:
         how: dict[str, Any] = QUIET | {"dataloader_pin_memory": torch.cuda.is_available()} | settings
         trainer = Trainer(model, TrainingArguments(folder, **how), collate, learnt)
@@ -89,8 +103,8 @@ def chosen_texts(path: str | Path, sentences: bool = False) -> list[str]:
     found: set[str] = set()
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines also cuts inside of a text
-    except OSError as error:
-        raise ConfigError(f"cannot read the preferences {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the preferences {path}: {getattr(error, 'strerror', error)}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -101,10 +115,18 @@ def chosen_texts(path: str | Path, sentences: bool = False) -> list[str]:
         text = row.get("chosen") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise ConfigError(f"{path}:{number}: expected a text in the column 'chosen', found {line[:60]!r}")
-        if not row.get("tie"):
+        if not _is_tie(row, f"{path}:{number}"):
             found.add(text)
     whole = {text for text in found if text[:1].isupper() and text[-1:] in ".!?"} if sentences else set()
     return sorted(whole or found)
+
+
+def _is_tie(row: dict[str, Any], where: str) -> bool:
+    """Whether nobody was preferred, as a reward model reads it: said, by equal scores, or by equal texts."""
+    said = str(row.get("tie") if row.get("tie") is not None else "").strip().lower()
+    require(said in (*YES, *NO), f"{where}: tie={row.get('tie')!r} is neither true nor false; use true or false")
+    scores = row.get("score_chosen"), row.get("score_rejected")
+    return said in YES or row["chosen"] == row.get("rejected") or (scores[0] is not None and scores[0] == scores[1])
 
 
 @torch.no_grad()

@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 
 from hfpg import evaluation, hub, preflight, session
 from hfpg.arguments import check_arguments, named_or_made
-from hfpg.checkpoint import RunState
+from hfpg.checkpoint import CheckpointError, RunState
 from hfpg.collector import Collector
 from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, step_ends
-from hfpg.distributed import launch, raise_together
+from hfpg.distributed import launch, raise_together, same_everywhere
 from hfpg.events import Events
 from hfpg.frozen import freeze_below
 from hfpg.generation.hf import HFGenerator
@@ -46,6 +46,8 @@ from hfpg.types import Prompts, Rollout, Samples, Scores
 
 
 logger = logging.getLogger(__name__)
+
+MOST_FAILED_SAVES = 3  # in a row, before a run ends
 
 
 class PolicyGradientTrainer:
@@ -105,6 +107,7 @@ class PolicyGradientTrainer:
         self.unrecorded: tuple[Rollout, dict[str, float]] | None = None  # a step that no file tells of yet
         self.claimed = False  # the run's folder is ours to write in: fresh, or resumed
         self.updating = False
+        self.failed_saves = 0  # in a row
 
     # ── the page ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -244,6 +247,7 @@ class PolicyGradientTrainer:
 
     def evaluate_if_due(self) -> None:
         """Evaluate when a callback or `eval_steps` asks for it."""
+        self.events.agree()
         self.run.evaluation_due = evaluation_due(self)
         if self.run.evaluation_due:
             metrics = self.evaluate()
@@ -255,21 +259,45 @@ class PolicyGradientTrainer:
     # ── keeping ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def checkpoint_if_due(self) -> None:
-        """Save when a callback or `save_steps` asks for it, and at the last step."""
+        """Save when a callback or `save_steps` asks for it, and at the last step.
+
+        What cannot be written (a full disk) is tried again at the next steps, and ends the run the third time.
+        """
+        self.events.agree()
         done = self.state.global_step >= self.args.max_steps or self.control.should_training_stop
-        if self.control.should_save or done:
-            self.save_checkpoint()
+        if self.control.should_save or self.failed_saves or done:
+            try:
+                self.save_checkpoint()
+            except CheckpointError as error:
+                self.failed_saves += 1
+                if done or self.failed_saves == MOST_FAILED_SAVES:
+                    raise
+                self.terminal.say(f"warning: step {self.state.global_step} is not saved, the next one may be: {error}")
+        self.events.agree()
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Add a transformers callback."""
         self.events.add(callback)
 
     def save_checkpoint(self) -> None:
-        """Write checkpoint-N now."""
+        """Write checkpoint-N now.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank.
+        """
         if self.saved_step != self.state.global_step:
-            self.on_main(lambda: write_checkpoint(self))
-        self.saved_step = self.state.global_step
+            failed = same_everywhere(self.accelerator, [self.on_main(self._write_checkpoint)])[0]
+            if failed is not None:
+                raise failed
+        self.saved_step, self.failed_saves = self.state.global_step, 0
         self.events.fire("on_save")
+
+    def _write_checkpoint(self) -> CheckpointError | None:
+        try:
+            write_checkpoint(self)
+        except CheckpointError as error:
+            return error
+        return None
 
     def on_main(self, do: Callable[[], Any]) -> Any:
         """Run something on the main process; the others wait, and its error is raised on all of them."""
@@ -282,22 +310,26 @@ class PolicyGradientTrainer:
         raise_together(self.accelerator, error)
         return result
 
-    def save_model(self, output_dir: str | Path | None = None, *, repo_id: str | None = None) -> Path:
+    def save_model(
+        self, output_dir: str | Path | None = None, *, repo_id: str | None = None, revision: str | None = None
+    ) -> Path:
         """A plain Hugging Face folder of the policy (or adapter), its tokenizer, the value head, and a model card.
 
-        Default: the run's output_dir. It loads with `AutoModelForCausalLM.from_pretrained` and `pipeline`.
+        Default: the run's output_dir. It loads with `AutoModelForCausalLM.from_pretrained` and `pipeline`. The card
+        tells how to load it from the folder, or from the repository (and branch) that is named.
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
 
         def write() -> None:
             save_actor_critic(self.learner.actor, folder)
             self.processing_class.save_pretrained(folder)
-            (folder / "README.md").write_text(self.model_card(repo_id or loadable(folder)), encoding="utf-8")
+            card = self.model_card(repo_id or loadable(folder), revision)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
         self.on_main(write)
         return folder
 
-    def model_card(self, repo_id: str | None = None) -> str:
+    def model_card(self, repo_id: str | None = None, revision: str | None = None) -> str:
         """The card, written from what was measured: the first and the last evaluation, and the run's settings."""
         measured = len(self.evaluations) > 1 and self.evaluations[0]["step"] == 0
         first, last = (self.evaluations[i]["metrics"] if measured else {} for i in (0, -1))
@@ -305,7 +337,9 @@ class PolicyGradientTrainer:
         return model_card(
             CardFacts(
                 model_name=repo_id or loadable(self.output_dir),
-                base_model=None if self.facts.get("embedded") or Path(self.model_name).exists() else self.model_name,
+                revision=revision,
+                needs_hfpg=type(causal_lm(self.learner.actor.policy)).__module__.startswith("hfpg."),
+                base_model=None if self.facts.get("embedded") else self.base_model,
                 is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
                 algorithm_fields=dataclasses.asdict(self.algorithm),
@@ -334,10 +368,18 @@ class PolicyGradientTrainer:
         repo = repo_id or self.args.hub_model_id
         require(repo is not None, "push_to_hub needs a repository, such as trainer.push_to_hub('me/gpt2-positive')")
         assert repo is not None
-        folder = self.save_model(self.output_dir / "final", repo_id=repo)
+        branch = None if revision == "main" else revision
+        folder = self.save_model(self.output_dir / "final", repo_id=repo, revision=branch)
         self.events.fire("on_push_begin")
         private = self.args.hub_private_repo if private is None else private
-        return self.on_main(lambda: hub.push_folder(folder, repo, private=private, revision=revision)) or ""
+
+        def push() -> str:
+            if "/" not in repo:  # the card has to name whose it is
+                card = self.model_card(hub.check_login(repo), branch)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+            return hub.push_folder(folder, repo, private=private, revision=revision)
+
+        return self.on_main(push) or ""
 
     def summary(self, saved: Path, prompts: int = 6) -> None:
         """Show the same prompts at the first and the last evaluation, the gain, and how to load what was saved."""
@@ -394,6 +436,7 @@ class PolicyGradientTrainer:
 
     def _choose_folder(self, model: Any) -> Any:  # a context: the checks that follow
         args, self.model_name = self.args, preflight.name_of(model)
+        self.base_model = preflight.base_of(model, self.here)
         wanted = args, self.algorithm, self.model_name, self.accelerator
         self.output_dir, made = preflight.prepare_output_dir(*wanted, self.here)
         self.occupied = bool(preflight.left_by_a_run(self.output_dir))

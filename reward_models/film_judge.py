@@ -35,6 +35,7 @@ from hfpg.rewards.learned import ClassifierReward
 APART, NEAR = 1.0, 0.5
 ROUNDS = {"movie": 40, "amazon": 10, "tweet": 10}  # times that a training sentence meets another one
 WORK = Path("build/film-judge")
+PAIRS = ("train.jsonl", "held_out.jsonl")
 FLAGS = {
     "output_dir": "runs/film-judge",
     "ties": "half",
@@ -86,7 +87,7 @@ def write_pairs(sentences: Sequence[Sentence], work: Path) -> tuple[Path, Path]:
         for row in pair(select(list(sentences), "judge_a", source), rounds, f"train {source}")
     ]
     films = [s for part in ("prompts", "judge_b") for s in select(list(sentences), part, "movie")]
-    files = work / "train.jsonl", work / "held_out.jsonl"
+    files = work / PAIRS[0], work / PAIRS[1]
     for path, rows in zip(files, (shorten(own, 0), pair(films, 1, "held out")), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files
@@ -113,12 +114,13 @@ def about(sentences: Sequence[Sentence]) -> str:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Write pairs and backbone, train, and measure the agreement with the ratings."""
     own = list(sys.argv[1:] if argv is None else argv)
-    sentences = load(WORK)
-    training, held_out = write_pairs(sentences, WORK)
-    backbone = write_backbone(WORK / "film-modernbert")
+    training, held_out, backbone = WORK / PAIRS[0], WORK / PAIRS[1], WORK / "film-modernbert"
     flags = FLAGS | {"model": str(backbone), "dataset": str(training), "eval_dataset": str(held_out)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    script, args = train.parse_flags([*words, *own])
+    script, args = train.parse_flags([*words, *own])  # before anything is fetched
+    sentences = load(WORK)
+    write_pairs(sentences, WORK)
+    write_backbone(backbone)
     ours = script.dataset == str(training)
     command = train.public_command(own, "film_judge.py")
     facts = train.train(script, args, command, about(sentences) if ours else "")

@@ -83,6 +83,7 @@ CASES = {
     "tracker": (dict(report_to=["no_such_tracker"]), "report_to='no_such_tracker': that tracker is not installed"),
     "schedule": (dict(lr_scheduler_type="foo"), "lr_scheduler_type='foo' is unknown; choose from"),
     "adam": (dict(adam_beta1=1.5), "adam_beta1=1.5 must be at least 0 and below 1"),
+    "no folder": (dict(output_dir=""), "output_dir='' is no folder; name one, such as 'runs/mine'"),
     "threads": (dict(torch_threads=-1), "torch_threads=-1 must be at least 1"),
     "only watchers": (dict(reward_weights=[0.0]), "leaves no function that scores"),
     "temperature": (dict(temperature=0.0), "a policy gradient needs a random policy"),

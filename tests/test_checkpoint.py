@@ -12,8 +12,9 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_mode
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from hfpg import ConfigError
+from hfpg import checkpoint as checkpoint_module
 from hfpg.algorithms import PPO, RLOO, TRPO
-from hfpg.checkpoint import checkpoints, damage
+from hfpg.checkpoint import CheckpointError, checkpoints, damage, undamaged
 from hfpg.config import GuardStop
 from hfpg.report.recorder import Recorder
 from hfpg.sft import fine_tune
@@ -462,6 +463,70 @@ def test_a_step_that_cannot_be_written_down_is_saved_all_the_same(tmp_path, monk
     with pytest.raises(ZeroDivisionError):
         run.train()
     assert (tmp_path / "checkpoint-1").is_dir() and "step 1 could not be written down" in capsys.readouterr().out
+
+
+def full_disk(monkeypatch, folder, times):
+    """The next checkpoints in a folder fail."""
+    plain, left = checkpoint_module.save_actor_critic, [times]
+
+    def save(actor, where):
+        if where.parent == folder and left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        plain(actor, where)
+
+    monkeypatch.setattr(checkpoint_module, "save_actor_critic", save)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    full_disk(monkeypatch, tmp_path, 2)
+    build.trainer(tmp_path, max_steps=5, save_steps=2).train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("is not saved, the next one may be") == 2
+
+
+def test_a_disk_that_stays_full_ends_it_and_the_run_goes_on_from_another_place(tmp_path, monkeypatch, capsys):
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    full_disk(monkeypatch, tmp_path / "run", 99)
+    settings = dict(max_steps=6, save_steps=1)
+    with pytest.raises(CheckpointError, match="No space left"):
+        build.trainer(tmp_path / "run", **settings).train()
+    saved = next(place.glob("hfpg-*/checkpoint-3"))
+    assert "saved in another place" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.undo()
+    again, whole = (build.trainer(tmp_path / name, **settings) for name in ("again", "whole"))
+    again.train(resume_from_checkpoint=str(saved))
+    whole.train()
+    assert torch.equal(parameters(again), parameters(whole))
+
+
+def test_a_folder_that_is_cleared_away_is_made_again(tmp_path):
+    class Clears(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                shutil.rmtree(tmp_path / "run")
+
+    build.trainer(tmp_path / "run", max_steps=3, callbacks=[Clears]).train()
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    assert [step for step, _ in kinds(tmp_path / "run")] == [2, 3]
+
+
+def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    newest = max(folder.glob("checkpoint-*"))
+    plain = Path.open
+
+    def broken(path, *args, **kwargs):
+        if newest.name in str(path) and path.name == "model.safetensors":
+            raise OSError(5, "Input/output error")
+        return plain(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", broken)
+    found = undamaged(newest, False, print)
+    assert found != newest and "Input/output error" in capsys.readouterr().out
 
 
 def test_a_run_that_its_evaluations_have_ended_stays_ended(tmp_path, capsys):

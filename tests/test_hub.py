@@ -213,7 +213,8 @@ def test_a_folder_without_weights_is_refused(hub, tmp_path):
         (507, "/verify", "the Hub answered 507"),
     ],
 )
-def test_after_a_failure_the_folder_is_intact_and_the_named_call_works(hub, saved, status, match, reason):
+def test_after_a_failure_the_folder_is_intact_and_the_named_call_works(hub, saved, status, match, reason, monkeypatch):
+    monkeypatch.setattr(hfpg_hub, "RETRY_AFTER", ())
     before = fingerprint(saved)
     hub.fail_next(1, status, match=match)
     with pytest.raises(HubError, match=f"push to 'tester/policy' failed: .*{reason}") as caught:
@@ -224,6 +225,53 @@ def test_after_a_failure_the_folder_is_intact_and_the_named_call_works(hub, save
     assert call == f"hfpg.hub.push_folder({str(saved)!r}, 'tester/policy', private=True)"
     push_folder(saved, "tester/policy", private=True)
     assert "model.safetensors" in hub.files("tester/policy") and hub.repos["tester/policy"].private
+
+
+@pytest.mark.parametrize(("status", "match"), [(500, "/api/repos/create"), (429, "/commit/"), (503, "/commit/")])
+def test_what_passes_by_itself_is_tried_again(hub, saved, status, match, monkeypatch):
+    monkeypatch.setattr(hfpg_hub, "RETRY_AFTER", (0.0, 0.0))
+    hub.fail_next(2, status, match=match)
+    push_folder(saved, "tester/policy")
+    assert set(hub.files("tester/policy")) >= set(files_to_push(saved))
+    assert hub.calls(match) == [status, status, 200]
+    hub.fail_next(3, status, match=match)
+    with pytest.raises(HubError, match=f"the Hub answered {status}"):
+        push_folder(saved, "tester/another")
+
+
+def test_a_hub_that_is_broken_is_no_reason_to_log_in(hub):
+    hub.fail_next(1, 500, match="whoami")
+    with pytest.raises(HubError, match="answered 500.*try again, or train without") as caught:
+        check_login("tester/policy")
+    assert "hf auth login" not in str(caught.value)
+
+
+def test_files_of_an_older_tokenizer_do_not_stay_beside_a_new_one(hub, saved):
+    push_folder(saved, "tester/policy")
+    (saved / "chat_template.jinja").unlink()
+    push_folder(saved, "tester/policy")
+    assert "chat_template.jinja" not in hub.files("tester/policy")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / name).unlink()
+    push_folder(saved, "tester/policy")
+    assert "tokenizer.json" in hub.files("tester/policy"), "a folder without a tokenizer says nothing of one"
+
+
+def test_a_model_with_code_of_its_own_takes_it_along(hub, saved):
+    fill(saved, {"modeling_my.py": b"x = 1\n", "notes.py": b"y = 2\n"})
+    assert "modeling_my.py" not in files_to_push(saved)
+    fill(saved, {"config.json": b'{"auto_map": {"AutoModelForCausalLM": "modeling_my.Mine"}}'})
+    push_folder(saved, "tester/policy")
+    assert {"modeling_my.py", "notes.py"} <= set(hub.files("tester/policy"))
+    assert (pull("tester/policy") / "modeling_my.py").read_bytes() == b"x = 1\n"
+
+
+@pytest.mark.parametrize(("base", "warned"), [("me/gpt2", False), ("/scratch/base", True), (None, True)])
+def test_an_adapter_of_a_model_that_nobody_has_is_warned_of(hub, saved, base, warned, caplog):
+    fill(saved, {"adapter_config.json": json.dumps({"base_model_name_or_path": base}).encode()})
+    with caplog.at_level(logging.WARNING, logger="hfpg.hub"):
+        push_folder(saved, "tester/policy", private=True)
+    assert ("which nobody else has: push the base model" in caplog.text) == warned
 
 
 def test_a_push_offline_says_so(hub, saved, monkeypatch):

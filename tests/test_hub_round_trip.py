@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import build
 from tests.hub_server import HubServer
 
 
@@ -79,3 +80,22 @@ def test_train_from_a_repository_push_and_load_back(kind, tmp_path):
     card = (tmp_path / "run" / "final" / "README.md").read_text()
     assert "base_model: tester/base" in card and "eval" not in card.split("---")[0]
     assert str(tmp_path) not in card
+
+
+def test_the_card_names_the_repository_the_branch_and_no_base_that_nobody_has(tmp_path, monkeypatch):
+    run = build.trainer(tmp_path / "run")
+    with HubServer() as server:
+        server.use_here(monkeypatch, tmp_path)
+        run.push_to_hub("policy", private=True, revision="exp-1")
+        assert "README.md" in server.files("tester/policy", "exp-1")
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert 'model="tester/policy", revision="exp-1"' in card and "# tester/policy" in card
+    assert "\nbase_model" not in card and "GPT2LMHeadModel" not in card
+
+
+def test_a_folder_is_no_base_model_even_where_the_working_folder_has_moved(tmp_path, monkeypatch):
+    build.trainer(tmp_path / "run").save_model(tmp_path / "sft" / "base")
+    monkeypatch.chdir(tmp_path)
+    run = build.trainer(tmp_path / "again", model="sft/base", processing_class=None)
+    monkeypatch.chdir("/")
+    assert "\nbase_model" not in run.model_card() and run.base_model is None

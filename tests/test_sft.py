@@ -165,6 +165,39 @@ def test_chosen_texts_stand_once_without_ties(tmp_path):
     assert chosen_texts(path) == ["one\u2028text"]
 
 
+def test_a_tie_is_read_as_a_reward_model_reads_it(tmp_path):
+    rows = [
+        dict(chosen=f"{i}.", rejected="x", **more)
+        for i, more in enumerate(
+            [
+                {"tie": "no"},
+                {"tie": "0"},
+                {"tie": None},
+                {"tie": "Yes"},
+                {"tie": 1},
+                {"score_chosen": 2, "score_rejected": 2},
+            ]
+        )
+    ]
+    rows.append(dict(chosen="same", rejected="same"))
+    assert chosen_texts(preferences(tmp_path / "pairs.jsonl", *rows)) == ["0.", "1.", "2."]
+    with pytest.raises(ConfigError, match="pairs.jsonl:1: tie='maybe' is neither true nor false"):
+        chosen_texts(preferences(tmp_path / "pairs.jsonl", dict(chosen="a", tie="maybe")))
+    (tmp_path / "pairs.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot read the preferences .*utf-8"):
+        chosen_texts(tmp_path / "pairs.jsonl")
+
+
+def test_prompts_that_fill_the_context_are_said(caplog):
+    model = tiny.model()
+    long, short = "a b " * model.config.n_positions, "a b"
+    with caplog.at_level("WARNING", logger="hfpg.sft"):
+        fine_tune(model, tiny.tokenizer(), ["c"] * 3, [long, short, short], max_steps=1, use_cpu=True)
+    assert "1 of 3 texts are not learnt" in caplog.text
+    with pytest.raises(ConfigError, match="all 2 prompts fill the model's context of .* tokens"):
+        fine_tune(model, tiny.tokenizer(), ["c"] * 2, [long, long], max_steps=1, use_cpu=True)
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

@@ -40,6 +40,8 @@ class CardFacts:
         seconds: measured wall-clock time of the run.
         license: identifier of the license as on the Hub, such as "apache-2.0".
         value_head: kind of the value function saved with the policy, such as "linear".
+        revision: branch that the model is on, where it is not the main one.
+        needs_hfpg: transformers knows the architecture only when hfpg is imported.
     """
 
     model_name: str
@@ -60,6 +62,8 @@ class CardFacts:
     seconds: float | None = None
     license: str | None = None
     value_head: str | None = None
+    revision: str | None = None
+    needs_hfpg: bool = False
 
 
 def readable(folder: Path, here: Path) -> str:
@@ -128,9 +132,11 @@ def _title(facts: CardFacts) -> str:
 
 
 def _quick_start(facts: CardFacts) -> str:
-    code = f"""from transformers import pipeline
+    first = "import hfpg  # its architecture is hfpg's\n" if facts.needs_hfpg else ""
+    branch = f", revision={_literal(facts.revision)}" if facts.revision else ""
+    code = f"""{first}from transformers import pipeline
 
-generator = pipeline("text-generation", model={_literal(facts.model_name)})
+generator = pipeline("text-generation", model={_literal(facts.model_name)}{branch})
 print(generator("The movie was", max_new_tokens=32)[0]["generated_text"])"""
     return f"## Quick start\n\n{_fenced('python', code)}"
 
@@ -138,10 +144,11 @@ print(generator("The movie was", max_new_tokens=32)[0]["generated_text"])"""
 def _value_function(facts: CardFacts) -> str:
     if facts.value_head is None:
         return ""
+    branch = f", revision={_literal(facts.revision)}" if facts.revision else ""
     code = f"""from hfpg.hub import pull
 from hfpg.models import load_actor_critic
 
-actor_critic = load_actor_critic(pull({_literal(facts.model_name)}))"""
+actor_critic = load_actor_critic(pull({_literal(facts.model_name)}{branch}))"""
     return f"""## Value function
 
 The critic that was trained beside the policy ({text(facts.value_head)}) is part of this repository. Text generation

@@ -77,6 +77,7 @@ class Recorder:
                 os.replace(fresh, path)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared it away in the middle of a run
         with (self.folder / name).open("a", encoding="utf-8") as file:
             for row in rows:
                 finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,8 @@ class ClassifierReward(ModelJudge):
         max_tokens: int = 16384,
     ):
         if isinstance(model, str) and label is None and not Path(model).is_dir():
-            model, _, label = model.partition("#")
+            model, mark, label = model.rpartition("#")
+            model, label = (model, label) if mark else (label, None)
         name = _name_of(model)
         super().__init__(model, tokenizer, device=device, dtype=dtype, max_tokens=max_tokens, name=name)
         self.column = self._column(label or None, by_name=isinstance(model, str | Path))
@@ -157,13 +158,25 @@ class ClassifierReward(ModelJudge):
             self.tokenizer.truncation_side = side
         return rows
 
-    def _batches(self, rows: list[Tokens]) -> Iterable[list[int]]:
+    def _batches(self, rows: list[Tokens]) -> Iterator[list[int]]:
         lengths = [len(row.ids) for row in rows]
         if self.pad is None:  # decoder classifiers refuse a batch then
-            return [[i] for i in range(len(rows))]
+            yield from ([i] for i in range(len(rows)))
+            return
         if self.padding is None and len(set(lengths)) > 1:
             self.padding = self._may_pad(rows[lengths.index(min(lengths))], max(lengths))
-        return in_batches(lengths, self.max_tokens, equal=self.padding is False)
+        parts: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            parts.setdefault(self._ends(row), []).append(i)
+        for part in parts.values():
+            some = [lengths[i] for i in part]
+            for batch in in_batches(some, self.max_tokens, equal=self.padding is False):
+                yield [part[i] for i in batch]
+
+    def _ends(self, row: Tokens) -> int:
+        """How often the end token stands in a text: BART and its like refuse a batch in which the numbers differ."""
+        config = self.model.config
+        return row.ids.count(config.eos_token_id) if config.is_encoder_decoder else 0
 
     def _may_pad(self, row: Tokens, width: int) -> bool:
         """Whether a text scores the same with padding behind it. XLNet, for one, reads its score there."""

@@ -242,7 +242,11 @@ class Relevance(ModelJudge):
             return []
         if self.pooling == "own":
             return list(self.model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float())
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.limit).input_ids
+        side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "right"
+        try:
+            encoded = self.tokenizer(texts, truncation=True, max_length=self.limit).input_ids
+        finally:
+            self.tokenizer.truncation_side = side
         kept = [i for i, ids in enumerate(encoded) if ids]
         vectors: list[Tensor | None] = [None] * len(texts)
         with self._evaluating():

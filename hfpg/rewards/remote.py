@@ -122,6 +122,7 @@ class RemoteJudge:
             require(0 < seconds < math.inf, f"{key}={seconds} must be a number of seconds above 0")
         require(0 <= backoff < math.inf, f"backoff={backoff} must be a number of seconds, at least 0")
         require(0 <= max_wait < math.inf, f"max_wait={max_wait} must be a number of seconds, at least 0")
+        require(not isinstance(columns, str), f"columns={columns!r} is one text; give a list, such as [{columns!r}]")
         self.columns, self.batch_size, self.concurrency = tuple(columns), batch_size, concurrency
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.max_wait, self.deadline, self.max_bytes = max_wait, deadline, max_bytes
@@ -201,7 +202,10 @@ class RemoteJudge:
                 return parse_scores(await self._read(response), count)
         except (TimeoutError, self.http.TimeoutException):
             raise _Attempt(f"did not answer within {self.timeout:g} s") from None
-        except self.http.ConnectError:
+        except self.http.ConnectError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                told = "shows a certificate that is not trusted; name its authority in SSL_CERT_FILE"
+                raise _Attempt(told, again=False) from None
             raise _Attempt("cannot be reached") from None
         except self.http.RequestError as error:
             raise _Attempt(f"broke the connection ({type(error).__name__})") from None

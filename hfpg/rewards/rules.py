@@ -245,7 +245,7 @@ def _is_raised(letter: str) -> bool:
     return unicodedata.decomposition(letter).startswith(("<super>", "<sub>", "<fraction>"))
 
 
-def _written(answer: Any) -> list[str]:
+def written(answer: Any) -> list[str]:
     """An answer as text. A column of floats holds 5 as 5.0: both are it."""
     whole = isinstance(answer, float) and answer.is_integer()
     return [str(answer), str(int(answer))] if whole else [str(answer)]
@@ -284,7 +284,7 @@ def exact_answer(
 
     def score(text: str, answer: Any) -> float | None:
         answers = _each(answer)
-        wanted = [written for a in answers for written in _written(a)]
+        wanted = [form for a in answers for form in written(a)]
         if not wanted:
             return None
         try:

@@ -6,15 +6,18 @@ container, a micro-VM or a service to it (docs/rewards/rules.md).
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import secrets
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from hfpg.config import ConfigError, require
 from hfpg.rewards.output import RewardError
-from hfpg.rewards.rules import Rule, column_of, named, text_of
+from hfpg.rewards.rules import Rule, column_of, named, text_of, written
 from hfpg.types import Text
 
 
@@ -86,7 +89,7 @@ def code_tests(
     A test is a pair {"input": …, "output": …}: the program reads the input and must print the output (spaces at the
     ends of lines aside) and end with exit code 0; or a text of Python, such as assertions, that runs behind the
     program and must be reached and end without an exception. Such a text shares its process with the program, which
-    may look for it: prefer pairs where the policy is strong.
+    may look for it: prefer pairs where the policy is strong. A pair of lists of one length is as many tests.
 
     Args:
         sandbox: where programs run. Without one the judge is refused: hfpg never runs them on the host.
@@ -95,7 +98,7 @@ def code_tests(
         extract: the program in a completion's text.
         name: what scores are logged under.
     Raises:
-        ConfigError: no sandbox is given.
+        ConfigError: no sandbox is given; later, of a test that is none, or is text and checks nothing.
     """
     require(
         sandbox is not None,
@@ -121,25 +124,67 @@ def code_tests(
     def passes(program: str, test: Any) -> bool:
         if isinstance(test, str):
             reached = secrets.token_hex(16)  # a program that ends early with code 0 has passed nothing
-            result = run(f"{program}\n\n{test}\n\nprint('\\n{reached}')\n", "")
+            # exec: indentation or a quote that the program leaves open must not take the test in
+            result = run(f"{program}\n\nexec({test!r})\n\nprint('\\n{reached}')\n", "")
             return result.exit_code == 0 and _lines(result.stdout)[-1:] == [reached]
-        if not (isinstance(test, Mapping) and {"input", "output"} <= set(test)):
-            raise ConfigError(f'{name}: {test!r:.60} is no test; give {{"input": …, "output": …}} or Python as text')
-        if test["output"] is None:
-            raise ConfigError(f"{name}: {test!r:.60} has no output; a test says what must be printed")
         result = run(program, "" if test["input"] is None else str(test["input"]))  # absent, where others have one
-        return result.exit_code == 0 and _lines(result.stdout) == _lines(str(test["output"]))
+        return result.exit_code == 0 and _lines(result.stdout) in [_lines(text) for text in written(test["output"])]
 
     def rule(completions: list[Text], **columns: Any) -> list[float | None]:
         scores: list[float | None] = []
         for completion, tests in zip(completions, column_of(column, columns, name), strict=True):
-            tests = tests if isinstance(tests, Sequence) and not isinstance(tests, str) else [tests]
-            tests = [test for test in tests if test]
+            tests = _tests(tests, name)
             program = extract(text_of(completion))
             scores.append(sum(passes(program, test) for test in tests) / len(tests) if tests else None)
         return scores
 
     return named(rule, name)
+
+
+def _tests(cell: Any, name: str) -> list[Any]:
+    """The tests of a row: mappings of one input and one output, and texts that check something."""
+    found: list[Any] = []
+    for test in cell if isinstance(cell, Sequence) and not isinstance(cell, str) else [cell]:
+        if isinstance(test, str):
+            found += [_asserting(test, name)] if test.strip() else []
+        elif test:
+            found += _pairs(test, name)
+    return found
+
+
+def _pairs(test: Any, name: str) -> list[Mapping[str, Any]]:
+    if not (isinstance(test, Mapping) and {"input", "output"} <= set(test)):
+        raise ConfigError(f'{name}: {test!r:.60} is no test; give {{"input": …, "output": …}} or Python as text')
+    given, wanted = test["input"], test["output"]
+    if isinstance(given, list) and isinstance(wanted, list) and len(given) == len(wanted):  # as `datasets` stores them
+        return [pair for one, other in zip(given, wanted, strict=True) for pair in _pairs(_pair(one, other), name)]
+    if wanted is None:
+        raise ConfigError(f"{name}: {test!r:.60} has no output; a test says what must be printed")
+    if isinstance(given, list | Mapping) or isinstance(wanted, Mapping):
+        raise ConfigError(f"{name}: {test!r:.60}: input and output are what is read and printed; write both as text")
+    return [test]
+
+
+def _pair(given: Any, wanted: Any) -> dict[str, Any]:
+    return {"input": given, "output": wanted}
+
+
+def _asserting(test: str, name: str) -> str:
+    """A text test without common indentation. ConfigError for one that every program would pass."""
+    code = textwrap.dedent(test)
+    try:
+        decoded = json.loads(test)
+    except ValueError:
+        decoded = None
+    if isinstance(decoded, list | dict):
+        raise ConfigError(f"{name}: {test!r:.60} is JSON, not Python; decode the column with json.loads")
+    try:
+        statements = ast.parse(code).body
+    except (SyntaxError, ValueError):
+        return code  # of another Python than this one, it may be: the sandbox says
+    if all(isinstance(it, ast.Expr) and isinstance(it.value, ast.Constant) for it in statements):
+        raise ConfigError(f"{name}: {test!r:.60} checks nothing; write a test such as 'assert f(2) == 4'")
+    return code
 
 
 def _lines(text: str) -> list[str]:

@@ -53,6 +53,18 @@ def test_what_breaks_the_trust_region_is_refused(settings, sentence):
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize("critic", ["none", "separate"])
+def test_equal_scores_are_no_reason_for_a_step(critic, tmp_path):
+    def run(name, score):
+        algorithm = TRPO(kl_coef=0.02, num_generations=4, max_kl=0.05, critic=critic)
+        given = dict(reward=score, max_steps=1, max_completion_length=12)
+        return build.trainer(tmp_path / name, algorithm=algorithm, **given).train()
+
+    still = run("still", lambda completions: [0.0] * len(completions))
+    assert still["trust_region_kl"] == still["optimizer_steps"] == 0 and still["grad_norm"] < 1e-5
+    assert run("moved", lambda completions: [1e-3 * len(c) for c in completions])["trust_region_kl"] > 0
+
+
 @pytest.mark.parametrize("name", ["epochs", "minibatches", "clip_range"])
 def test_there_is_one_step_and_nothing_to_clip(name):
     with pytest.raises(TypeError, match=name):

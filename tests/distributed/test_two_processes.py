@@ -67,6 +67,11 @@ def test_the_same_parameters_after_ten_adamw_steps(results):
     assert gap[noise].max() < learning_rate
 
 
+def test_what_one_rank_sees_both_follow(tmp_path):
+    done = launch([*TORCHRUN, "tests/distributed/flags.py", str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 OTHERS = ("trpo", "trpo-critic", "dapo", "remax", "replay", "bootstrap", "top-layer")
 
 

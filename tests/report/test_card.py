@@ -56,6 +56,13 @@ def test_the_front_matter_says_what_it_is():
     assert ModelCard(card(is_adapter=True)).data.to_dict()["base_model_relation"] == "adapter"
 
 
+def test_the_commands_name_the_branch_and_what_must_be_imported():
+    content = card(revision="exp-1", needs_hfpg=True, value_head="linear")
+    assert 'pipeline("text-generation", model="me/gpt2-positive", revision="exp-1")' in content
+    assert 'pull("me/gpt2-positive", revision="exp-1")' in content and "import hfpg  #" in content
+    assert "revision" not in card(value_head="linear") and "import hfpg  #" not in card()
+
+
 @pytest.mark.parametrize("unknown", [None, "/home/jo/gpt2", "a b", "x\n---\nlicense: mit"])
 def test_a_base_model_or_license_that_the_hub_would_refuse_is_left_out(unknown):
     content = card(base_model=unknown, license=unknown)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -59,6 +61,26 @@ def gpt2(pad_token_id: int | None) -> Any:
     sizes = dict(n_embd=16, n_layer=1, n_head=2, n_positions=POSITIONS, vocab_size=tiny.VOCABULARY, num_labels=1)
     ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=pad_token_id)
     return larger(GPT2ForSequenceClassification(GPT2Config(**sizes, **ids)))
+
+
+def test_an_end_token_that_the_policy_writes_as_text_does_not_break_a_batch():
+    torch.manual_seed(3)
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    limits = dict(vocab_size=tiny.VOCABULARY, max_position_embeddings=POSITIONS, num_labels=1, encoder_ffn_dim=16)
+    end = tiny.tokenizer().convert_tokens_to_ids(tiny.WORDS[8])
+    ids = dict(pad_token_id=1, eos_token_id=end, bos_token_id=0, decoder_start_token_id=end, forced_eos_token_id=None)
+    model = BartForSequenceClassification(BartConfig(**sizes, **limits, **ids, decoder_ffn_dim=16))
+    judge = ClassifierReward(larger(model, 2), tiny.tokenizer(padding_side="right"))
+    word, other = tiny.WORDS[8], tiny.WORDS[12]
+    texts = [f"{other} {word}", f"{word} {other} {other} {word}", f"{word} {other}", f"{word} {word} {word}"]
+    alone = [judge([""], [text])[0] for text in texts]
+    assert judge([""] * 4, texts) == pytest.approx(alone, abs=1e-5) and len(set(alone)) > 1
+
+
+def test_a_label_stands_behind_the_last_mark(tmp_path):
+    folder = saved(tmp_path / "run#1" / "judge", bert(("NEG", "POS")), own_tokenizer())
+    assert ClassifierReward(f"{folder}#POS").column == 1
+    assert ClassifierReward(f"{folder}#NEG").column == 0
 
 
 def own_tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:

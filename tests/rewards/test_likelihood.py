@@ -198,6 +198,17 @@ def test_relevance_is_the_cosine_of_the_means():
     assert max(means) - min(means) > 0.01
 
 
+def test_a_text_that_is_too_long_for_relevance_loses_its_end():
+    reader, text = bert(BertModel), " ".join(tiny.WORDS[5 + i % 20] for i in range(200))
+    found = []
+    for side in ("left", "right"):
+        tokenizer = masked_tokenizer()
+        tokenizer.truncation_side = side
+        found.append(Relevance(reader, tokenizer)([PROMPTS[0]], [text]))
+        assert tokenizer.truncation_side == side
+    assert found[0] == found[1]
+
+
 def test_relevance_reads_the_last_message_and_abstains_from_nothing_said():
     judge = Relevance(bert(BertModel), masked_tokenizer())
     turns = [{"role": "user", "content": "db"}, {"role": "user", "content": "bb cb"}]

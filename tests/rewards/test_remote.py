@@ -319,6 +319,24 @@ def test_a_refused_and_a_broken_connection(server: Server):
     assert refusal(closed, pauses=pauses, retries=3) == "cannot be reached (4 attempts)" and len(pauses) == 3
 
 
+def test_a_certificate_that_is_not_trusted_is_said_once(server: Server, monkeypatch: pytest.MonkeyPatch):
+    httpx2 = pytest.importorskip("httpx2")
+
+    def untrusted(*args: Any, **kwargs: Any) -> None:
+        raise httpx2.ConnectError(
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate"
+        )
+
+    monkeypatch.setattr(httpx2.AsyncClient, "stream", untrusted)
+    said = refusal(server, retries=3)
+    assert said.startswith("shows a certificate that is not trusted; name its authority in SSL_CERT_FILE")
+
+
+def test_columns_are_a_list():
+    with pytest.raises(ConfigError, match=r"columns='answer' is one text; give a list, such as \['answer'\]"):
+        RemoteJudge("http://localhost:1", columns="answer")
+
+
 def test_a_batch_that_is_no_json_is_refused(server: Server):
     judge = RemoteJudge(server.url, columns=["answer"])
     for value, why in ((float("nan"), "not JSON compliant"), (object(), "not JSON serializable")):

@@ -1,7 +1,8 @@
-"""Judges that run code: only in the sandbox they are given. No test runs any: the sandbox is a fake."""
+"""Judges that run code: only in the sandbox they are given. It is a fake here, or runs programs of these tests."""
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_a_program_that_fails_or_breaks_a_limit_fails_its_test(result: Result):
 def test_assertions_must_be_reached():
     def last_print(code: str, stdin: str) -> Result:
         """As if the program ran to its end, unless it says exit."""
-        assert code.startswith("def f(): exit\n\nassert f()") or code.startswith("def f(): 1\n\nassert f()")
+        assert code.startswith(("def f(): exit\n\nexec('assert f()')", "def f(): 1\n\nexec('assert f()')"))
         token = code.rsplit("\\n", 1)[1].removesuffix("')\n")
         return Result(stdout="noise" if "exit" in code else f"noise\n{token}\n", exit_code=0)
 
@@ -107,6 +108,48 @@ def test_what_is_no_test_is_named():
     for test in (5, {"input": "2"}):
         with pytest.raises(ConfigError, match="is no test; give"):
             code_tests(Fake(doubling))(completions=["x"], tests=[[test]])
+
+
+def in_python(code: str, stdin: str) -> Result:
+    """As a sandbox of the user's would; the programs are those of these tests."""
+    done = subprocess.run([sys.executable, "-I", "-c", code], input=stdin, capture_output=True, text=True, timeout=30)
+    return Result(stdout=done.stdout, exit_code=done.returncode)
+
+
+SQUARE = "def sq(x):\n    return x * x\n\nif __name__ == '__main__' and (line := input('')): print(sq(int(line)))"
+TESTED = {
+    "right": ("def sq(x):\n    return x * x", "assert sq(2) == 4", 1),
+    "wrong": ("def sq(x):\n    pass", "assert sq(2) == 4", 0),
+    "indented test": ("def sq(x):\n    pass", "    assert sq(2) == 4", 0),
+    "indented test, right": ("def sq(x):\n    return x * x", "    y = sq(2)\n    assert y == 4", 1),
+    "open block": ("if False:\n  x = 1", "  assert 1 == 2", 0),
+    "open quote": ('x = """', 'assert 1 == 2\n"""', 0),
+    "columns of lists": (SQUARE, {"input": ["2", "3"], "output": ["4", "9"]}, 1),
+    "columns of lists, one wrong": (SQUARE, [{"input": ["2", "3"], "output": ["4", "8"]}], 0.5),
+    "a column of floats": (SQUARE, [{"input": "2", "output": 4.0}], 1),
+    "nothing but spaces": (SQUARE, "  \n", None),
+}
+
+
+@pytest.mark.parametrize(("program", "tests", "score"), TESTED.values(), ids=TESTED)
+def test_what_a_program_passes_in_a_python(program, tests, score):
+    assert code_tests(Fake(in_python))(completions=[program], tests=[tests]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("test", "sentence"),
+    [
+        ('["assert sq(2) == 4"]', "is JSON, not Python; decode the column with json.loads"),
+        ('[{"input": "2", "output": "4"}]', "is JSON, not Python"),
+        ("# todo", "checks nothing; write a test such as 'assert f"),
+        ("'4'", "checks nothing"),
+        ([{"input": {"a": 1}, "output": "4"}], "write both as text"),
+        ([{"input": ["1", "2"], "output": "4"}], "write both as text"),
+    ],
+)
+def test_what_every_program_or_none_would_pass_is_refused(test, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        code_tests(Fake(doubling))(completions=["x"], tests=[test])
 
 
 def test_the_program_is_the_last_block_or_all():
