@@ -11,6 +11,13 @@ from tests import tiny
 from tests.generation.test_loop import RAGGED, assert_same, draw, prompts
 
 
+@pytest.fixture(autouse=True)
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """As on a processor where oneDNN is faster."""
+    if "narrow" not in request.node.name:
+        monkeypatch.setattr(product, "gains", lambda: True)
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -118,6 +125,15 @@ def test_other_precisions_are_left_alone(dtype: torch.dtype):
         expected = layers.plain(x)
         with onednn_linears(layers):
             assert layers.plain(x).dtype == torch.bfloat16 and torch.equal(layers.plain(x), expected)
+
+
+@pytest.mark.parametrize(("units", "used"), [("AVX2", False), ("AVX512", True), ("SVE256", True)])
+def test_where_narrow_units_gain_nothing_torch_multiplies(units: str, used: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: units)
+    layers = Layers()
+    assert product.suits(layers.plain.weight) == used
+    with onednn_linears(layers):
+        assert ("forward" in vars(layers.plain)) == used
 
 
 def test_without_onednn_nothing_is_touched(monkeypatch: pytest.MonkeyPatch):

@@ -1,8 +1,9 @@
 """Matrix products in single precision on a CPU, by oneDNN.
 
 MKL, which torch multiplies with, leaves the AVX-512 units of AMD's processors unused: oneDNN takes half of its time
-there, forward and backward (docs/performance.md), and is its equal on Intel's. Every function here falls back to
-torch's own product where oneDNN is absent, small, or of no use.
+there, forward and backward (docs/performance.md), and is its equal on Intel's. On processors without these units the
+two are equal, and oneDNN keeps memory for every shape. Every function here falls back to torch's own product where
+oneDNN is absent, or the matrix small, or nothing is gained.
 """
 
 from __future__ import annotations
@@ -54,12 +55,18 @@ def available() -> bool:
     return flags.is_available() and bool(flags.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def gains() -> bool:
+    """False on a processor of 256-bit units, where oneDNN is no faster than torch's own product."""
+    return torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
 def suits(matrix: Tensor) -> bool:
     """True for a matrix that oneDNN multiplies faster."""
     return (
         matrix.device.type == "cpu"
         and matrix.dtype == torch.float32
         and matrix.numel() >= SMALLEST
+        and gains()
         and available()
         and not torch.is_autocast_enabled("cpu")
     )
