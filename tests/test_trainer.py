@@ -353,22 +353,24 @@ def test_a_checkpoint_is_a_model_folder_without_pickles(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_spoils_nothing(tmp_path, monkeypatch):
-    trainer = build.trainer(tmp_path, max_steps=4, save_steps=1)
+    trainer = build.trainer(tmp_path, max_steps=6, save_steps=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
 
-    def full(tensors, path):
-        if trainer.state.global_step == 3:
+    def full(tensors, path):  # every disk is
+        if trainer.state.global_step >= 3:
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
     monkeypatch.setattr("hfpg.checkpoint.save_file", full)
-    sentence = r"checkpoint-3 could not be written: .*No space left on device.*MiB are free there.*'checkpoint-2'"
+    sentence = r"checkpoint-5 could not be written: .*No space left on device.*MiB are free there.*'checkpoint-2'"
     with pytest.raises(CheckpointError, match=sentence):
         trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     monkeypatch.undo()
-    again = build.trainer(tmp_path, max_steps=4, save_steps=1, resume_from_checkpoint="True")
+    again = build.trainer(tmp_path, max_steps=6, save_steps=1, resume_from_checkpoint="True")
     again.train()
-    assert again.state.global_step == 4
+    assert again.state.global_step == 6
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
