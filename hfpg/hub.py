@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from hfpg.config import SECRET, ConfigError
 
@@ -140,7 +141,7 @@ def push_folder(
 
     Args:
         folder: what `save_model` wrote; of it only `HUB_FILES` are sent, and the Python files of a model that has
-            its code in the folder (`auto_map` in config.json).
+            its code in the folder (those that `auto_map` in config.json names, and what they import).
         repo_id: `user/name` or `name`.
         private: makes a new repository private. None: the Hub's default, public unless an organization says otherwise.
         revision: branch to push to; default `main`.
@@ -193,10 +194,9 @@ def files_to_push(folder: str | Path) -> dict[str, Path]:
             if _named(path_in_repo, HUB_FILES):
                 _check_file(path)
                 files[path_in_repo] = path
-    if _has_own_code(root):
-        for path in sorted(root.glob("*.py")):
-            _check_file(path)
-            files[path.name] = path
+    for path in _own_code(root):
+        _check_file(path)
+        files[path.name] = path
     if not any(_named(path, POLICY_WEIGHTS) for path in files):
         raise HubError(f"{str(folder)!r} holds no policy: none of {', '.join(POLICY_WEIGHTS)}; call save_model first")
     return files
@@ -206,8 +206,8 @@ def pull(repo_id_or_folder: str | Path, revision: str | None = None) -> Path:
     """The folder of a saved policy: a local one as it is, else a snapshot from the Hub (or from the cache, offline).
 
     Args:
-        repo_id_or_folder: a local folder, or a repository id; of a repository only `HUB_FILES` and Python files in
-            its root are downloaded (nothing here runs them).
+        repo_id_or_folder: a local folder, or a repository id; of a repository only `HUB_FILES` and Python
+            files are downloaded (nothing here runs them).
         revision: branch, tag or commit; only with a repository.
 
     Returns:
@@ -294,9 +294,17 @@ def _check_file(path: Path) -> None:
         raise HubError(f"{path} has what looks like a Hub access token (hf_...) in it; remove it and push again")
 
 
-def _has_own_code(folder: Path) -> bool:
-    """Whether the model's classes are in Python files beside its config."""
-    return bool(_json(folder / "config.json").get("auto_map"))
+def _own_code(folder: Path) -> list[Path]:
+    """The Python files beside a model's config that hold its classes, or its tokenizer's, and what these import."""
+    found: set[Path] = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        classes = _json(folder / name).get("auto_map") or {}
+        for reference in classes.values() if isinstance(classes, dict) else [classes]:
+            for where in reference if isinstance(reference, list) else [reference]:
+                module = folder / f"{str(where).partition('.')[0]}.py"
+                if module.is_file():  # "repository--module.Class" is code of another repository
+                    found |= {module, *map(Path, get_relative_import_files(module))}
+    return sorted(path for path in found if path.parent == folder and path.is_file())
 
 
 def _say_if_nobody_has_the_base(files: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -123,11 +124,21 @@ def save_before_the_end(trainer: Any) -> None:
             where = write_checkpoint(trainer)
         except CheckpointError as error:  # its disk is full: another one may not be
             say(f"warning: {error}")
-            where = write_checkpoint(trainer, Path(tempfile.mkdtemp(prefix="hfpg-")))
+            where = _write_elsewhere(trainer)
             say(f"stopped at step {step}; saved in another place: resume_from_checkpoint={str(where)!r} goes on")
             return
     again = "start from" if trainer.updating else "resume_from_checkpoint=True goes on from"
     say(f"stopped at step {step}; what was trained is saved: {again} {trainer.readable(where)}")
+
+
+def _write_elsewhere(trainer: Any) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="hfpg-"))
+    try:
+        trainer.recorder.write_waiting(folder)
+        return write_checkpoint(trainer, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _record_if_not_yet(trainer: Any) -> None:

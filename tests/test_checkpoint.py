@@ -495,12 +495,33 @@ def test_a_disk_that_stays_full_ends_it_and_the_run_goes_on_from_another_place(t
     with pytest.raises(CheckpointError, match="No space left"):
         build.trainer(tmp_path / "run", **settings).train()
     saved = next(place.glob("hfpg-*/checkpoint-3"))
+    assert list(place.iterdir()) == [saved.parent]
     assert "saved in another place" in " ".join(capsys.readouterr().out.split())
     monkeypatch.undo()
     again, whole = (build.trainer(tmp_path / name, **settings) for name in ("again", "whole"))
     again.train(resume_from_checkpoint=str(saved))
     whole.train()
     assert torch.equal(parameters(again), parameters(whole))
+
+
+def test_lines_that_cannot_be_written_wait(tmp_path, monkeypatch):
+    plain, left = Path.open, [0]  # the second and the third time that lines are added fail
+
+    def full(path, mode="r", *args, **kwargs):
+        file = plain(path, mode, *args, **kwargs)
+        if path.name != "metrics.jsonl" or mode != "a":
+            return file
+        left[0] += 1
+        if not 2 <= left[0] <= 3:
+            return file
+        file.write('{"step": ')  # and half a line is there
+        file.close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    run = build.trainer(tmp_path, max_steps=5)
+    run.train()
+    assert [step for step, _ in kinds(tmp_path)] == [1, 2, 3, 4, 5] and not run.recorder.waiting
 
 
 def test_a_folder_that_is_cleared_away_is_made_again(tmp_path):

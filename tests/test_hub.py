@@ -258,12 +258,14 @@ def test_files_of_an_older_tokenizer_do_not_stay_beside_a_new_one(hub, saved):
 
 
 def test_a_model_with_code_of_its_own_takes_it_along(hub, saved):
-    fill(saved, {"modeling_my.py": b"x = 1\n", "notes.py": b"y = 2\n"})
+    code = {"modeling_my.py": b"from .parts import x\n", "parts.py": b"x = 1\n", "token_my.py": b"", "notes.py": b""}
+    fill(saved, code)
     assert "modeling_my.py" not in files_to_push(saved)
-    fill(saved, {"config.json": b'{"auto_map": {"AutoModelForCausalLM": "modeling_my.Mine"}}'})
+    fill(saved, {"config.json": b'{"auto_map": {"AutoConfig": "me/other--notes.C", "AutoModel": "modeling_my.Mine"}}'})
+    fill(saved, {"tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["token_my.Slow", null]}}'})
     push_folder(saved, "tester/policy")
-    assert {"modeling_my.py", "notes.py"} <= set(hub.files("tester/policy"))
-    assert (pull("tester/policy") / "modeling_my.py").read_bytes() == b"x = 1\n"
+    assert {name for name in hub.files("tester/policy") if name.endswith(".py")} == set(code) - {"notes.py"}
+    assert (pull("tester/policy") / "parts.py").read_bytes() == b"x = 1\n"
 
 
 @pytest.mark.parametrize(("base", "warned"), [("me/gpt2", False), ("/scratch/base", True), (None, True)])

@@ -367,6 +367,7 @@ def test_a_full_disk_is_one_sentence_and_spoils_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=sentence):
         trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert not list((tmp_path / "elsewhere").iterdir())
     monkeypatch.undo()
     again = build.trainer(tmp_path, max_steps=6, save_steps=1, resume_from_checkpoint="True")
     again.train()

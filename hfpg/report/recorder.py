@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import math
 import os
 import platform
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +21,8 @@ from hfpg.config import SECRET
 from hfpg.report.command import command_line
 
 
+logger = logging.getLogger(__name__)
+
 PACKAGES = ("hfpg", "torch", "transformers", "accelerate", "datasets", "peft", "huggingface_hub", "tokenizers")
 
 
@@ -26,13 +30,15 @@ class Recorder:
     """Appends to the run's files, on the main process; other processes record nothing.
 
     `metrics.jsonl` holds one JSON object per log or evaluation, with `step`; non-finite numbers are written as null.
-    A resumed run drops the lines beyond the step it resumes from.
+    A resumed run drops the lines beyond the step it resumes from. Lines that cannot be written (a full disk) wait for
+    the next ones.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, run_name: str):
         self.folder, self.accelerator, self.run_name = folder, accelerator, run_name
         self.main = accelerator.is_main_process
         self.tracking = False
+        self.waiting: dict[str, str] = {}  # lines of each file that could not be written yet
 
     def run_file(self, facts: dict[str, Any]) -> None:
         """Write run.json: what was asked, with what versions, from what command. Tokens are blotted out."""
@@ -62,6 +68,11 @@ class Recorder:
         if self.main:
             self._append("completions.jsonl", rows)
 
+    def write_waiting(self, folder: Path) -> None:
+        """Write the lines that still wait into another folder."""
+        for name, lines in self.waiting.items():
+            (folder / name).write_text(lines, encoding="utf-8")
+
     def rewind(self, step: int, evaluation: bool = False) -> None:
         """Drop what was recorded after `step`, and with `evaluation` that of `step` too: it is made again."""
         for name in ("metrics.jsonl", "completions.jsonl") if self.main else ():
@@ -77,12 +88,22 @@ class Recorder:
                 os.replace(fresh, path)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared it away in the middle of a run
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            for row in rows:
-                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-                # ASCII: half a surrogate pair, which a byte-level tokenizer can produce, is no valid UTF-8
-                file.write(json.dumps(finite, default=str) + "\n")
+        lines = self.waiting.pop(name, "")
+        for row in rows:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            # ASCII: half a surrogate pair, which a byte-level tokenizer can produce, is no valid UTF-8
+            lines += json.dumps(finite, default=str) + "\n"
+        path = self.folder / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have cleared it away in the middle of a run
+            with path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            logger.warning("%s could not be written (%s); its lines wait for the next ones", path, error)
+            self.waiting[name] = lines
+            with suppress(OSError):
+                os.truncate(path, size)  # no half of a line
 
 
 def _step(line: str) -> int:
