@@ -205,10 +205,10 @@ def name_of(model: Any) -> str:
     return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
-def base_of(model: Any, here: Path) -> str | None:
+def base_of(model: Any) -> str | None:
     """The Hub id that the model came from; None for a folder and for a model made in memory."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    return None if not name or (here / name).exists() else name
+    return None if not name or Path(name).exists() else name
 
 
 def load_tokenizer(model: Any, given: Any, args: TrainConfig) -> Any:

@@ -436,7 +436,7 @@ class PolicyGradientTrainer:
 
     def _choose_folder(self, model: Any) -> Any:  # a context: the checks that follow
         args, self.model_name = self.args, preflight.name_of(model)
-        self.base_model = preflight.base_of(model, self.here)
+        self.base_model = preflight.base_of(model)  # while a relative folder still is one
         wanted = args, self.algorithm, self.model_name, self.accelerator
         self.output_dir, made = preflight.prepare_output_dir(*wanted, self.here)
         self.occupied = bool(preflight.left_by_a_run(self.output_dir))

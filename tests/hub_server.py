@@ -331,7 +331,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repos:
             raise Refused(409, "You already created this model repo", url=url)
-        repo = Repo(private=wanted.get("visibility") == "private")
+        private = wanted.get("visibility") == "private" or wanted.get("private") is True  # as before huggingface_hub 2
+        repo = Repo(private=private)
         repo.commit("main", {".gitattributes": Blob(GITATTRIBUTES)}, "initial commit")
         self.hub.repos[repo_id] = repo
         self.reply({"url": url, "name": repo_id, "id": repo_id})

@@ -216,6 +216,12 @@ def test_a_refused_run_leaves_no_folder_and_removes_no_run(settings, tmp_path):
     assert (tmp_path / "old" / "final").is_dir()
 
 
+def test_a_link_to_nothing_is_no_folder(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="output_dir='.*run' is a link to nothing; remove it, or name a folder"):
+        build.trainer(tmp_path / "run")
+
+
 def test_the_newest_checkpoint_of_no_folder(tmp_path, monkeypatch):
     """It would train from the start, in a new folder."""
     monkeypatch.chdir(tmp_path)

@@ -491,11 +491,20 @@ def test_a_disk_that_stays_full_ends_it_and_the_run_goes_on_from_another_place(t
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))
     full_disk(monkeypatch, tmp_path / "run", 99)
+    plain = Path.open
+
+    def too_full(path, mode="r", *args, **kwargs):  # for lines, too
+        if path == tmp_path / "run" / "metrics.jsonl" and mode == "a":
+            raise OSError(28, "No space left on device")
+        return plain(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", too_full)
     settings = dict(max_steps=6, save_steps=1)
     with pytest.raises(CheckpointError, match="No space left"):
         build.trainer(tmp_path / "run", **settings).train()
     saved = next(place.glob("hfpg-*/checkpoint-3"))
     assert list(place.iterdir()) == [saved.parent]
+    assert [step for step, _ in kinds(saved.parent)] == [1, 2, 3]
     assert "saved in another place" in " ".join(capsys.readouterr().out.split())
     monkeypatch.undo()
     again, whole = (build.trainer(tmp_path / name, **settings) for name in ("again", "whole"))

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -23,6 +24,7 @@ from hfpg.data import (
     read_chat_template,
     share,
 )
+from hfpg.files import refuse_other
 from hfpg.types import Samples
 from tests import tiny
 
@@ -485,3 +487,11 @@ def test_a_file_with_a_column_of_our_own(tmp_path: Path):
     path.write_text('{"prompt": "aa", "hfpg_row": 1}\n' * 5)
     with pytest.raises(ConfigError, match="has a column 'hfpg_row', which hfpg adds itself; rename it"):
         load_prompts(str(path), 1)
+
+
+def test_a_note_of_stages_that_is_no_object_is_one_sentence(tmp_path):
+    (tmp_path / "sft").mkdir()
+    for text, sentence in (("[1, 2]", "stages.json holds no JSON object"), ("{", "stages.json:1: not valid JSON")):
+        (tmp_path / "stages.json").write_text(text)
+        with pytest.raises(ConfigError, match=sentence):
+            refuse_other(tmp_path, ["sft"], SimpleNamespace(model="m"), "model")

@@ -88,7 +88,10 @@ def test_the_card_names_the_repository_the_branch_and_no_base_that_nobody_has(tm
         server.use_here(monkeypatch, tmp_path)
         run.push_to_hub("policy", private=True, revision="exp-1")
         assert "README.md" in server.files("tester/policy", "exp-1")
-    card = (tmp_path / "run" / "final" / "README.md").read_text()
+        card = (tmp_path / "run" / "final" / "README.md").read_text()
+        run.push_to_hub("tester/other", private=True, revision="exp-2")
+    again = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert 'model="tester/other", revision="exp-2"' in again
     assert 'model="tester/policy", revision="exp-1"' in card and "# tester/policy" in card
     assert "\nbase_model" not in card and "GPT2LMHeadModel" not in card
 

@@ -20,6 +20,8 @@ class Stops(TrainerCallback):
         control.should_training_stop |= state.is_world_process_zero and state.global_step == 2
 
     def on_log(self, args, state, control, **_):
+        if self.event == "evaluate":
+            control.should_evaluate |= state.is_world_process_zero and state.global_step == 1
         if self.event == "on_log":
             self._seen(state, control)
 
@@ -41,6 +43,10 @@ def main(folder: str) -> None:
         trainer.evaluate()
         assert trainer.state.global_step == 2, (event, trainer.state.global_step)
 
+    trainer = build.trainer(f"{folder}/evaluate", callbacks=[Stops("evaluate")], eval_dataset=tiny.rows(4))
+    trainer.train()
+    assert [e["step"] for e in trainer.evaluations] == [1], trainer.evaluations
+
     plain, full = checkpoint.save_actor_critic, [1]
 
     def once(actor, where):  # only rank 0 writes, and its disk is full at the first checkpoint
@@ -49,7 +55,7 @@ def main(folder: str) -> None:
         plain(actor, where)
 
     checkpoint.save_actor_critic = once
-    build.trainer(f"{folder}/full", max_steps=3, save_steps=2).train()
+    build.trainer(f"{folder}/full", max_steps=4, save_steps=2).train()
     assert Path(folder, "full", "checkpoint-3").is_dir() and not Path(folder, "full", "checkpoint-2").exists()
 
 

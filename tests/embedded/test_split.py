@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hfpg import ConfigError
+
 
 REWARD_MODELS = Path(__file__).resolve().parents[2] / "reward_models"
 ROWS = {
@@ -72,3 +74,9 @@ def test_another_archive_is_refused(data, cache, monkeypatch):
     monkeypatch.setattr(data, "SDIST_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="expected 0000.*delete it and run again"):
         data.load(cache)
+
+
+def test_an_archive_that_cannot_be_fetched_is_one_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ConfigError, match="vaderSentiment==3.3.2 cannot be fetched: see what pip says above"):
+        data.fetch(tmp_path / "new")
