@@ -9,6 +9,7 @@ forward pass under `torch.backends.cudnn.flags(enabled=False)`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from hfpg.config import require
+
+
+# what `generate` and the outputs of models call it: `cache` from transformers 5.24 on
+CACHE = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
 
 
 class LSTMConfig(PreTrainedConfig):
@@ -50,7 +55,7 @@ class LSTMConfig(PreTrainedConfig):
     """
 
     model_type = "hfpg_lstm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 50257
     hidden_size: int = 512
@@ -92,6 +97,7 @@ class LSTMCache:
 
     is_compileable = False  # `generate` asks
     is_croppable = False
+    is_linear = (False,)  # it is asked for the columns seen, as caches of keys and values are
 
     def __init__(self) -> None:
         self.hidden: Float[Tensor, "L B H"] | None = None
@@ -220,6 +226,7 @@ class LSTMModel(LSTMPreTrainedModel):
         inputs_embeds: Float[Tensor, "B T E"] | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: LSTMCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, H] of tokens, or of their embeddings.
@@ -228,7 +235,8 @@ class LSTMModel(LSTMPreTrainedModel):
             attention_mask: [B, T], or [B, tokens in the cache + T]; 0 marks padding, anywhere. A padded column leaves
                 the state as it is, and its hidden state is that of the last real token before it (or the initial one).
             position_ids: accepted and not used; a recurrence knows its positions.
-            past_key_values: the state to start from. Default: zeros.
+            past_key_values, cache: the state to start from, by the name that transformers gives it before 5.24 or by
+                the one since. Default: zeros.
             use_cache: whether to return the state. Default: the config's in eval mode, False in train mode.
             output_hidden_states: also return the embeddings and the output of every layer.
             kwargs: ignored, as other models of transformers do with what they do not use.
@@ -237,9 +245,10 @@ class LSTMModel(LSTMPreTrainedModel):
                 another shape.
         """
         require((input_ids is None) != (inputs_embeds is None), "give one of input_ids and inputs_embeds")
+        cache = past_key_values if cache is None else cache
         require(
-            past_key_values is None or isinstance(past_key_values, LSTMCache),
-            f"past_key_values is a {type(past_key_values).__name__}; an LSTM reads an hfpg.lstm.LSTMCache",
+            cache is None or isinstance(cache, LSTMCache),
+            f"the cache is a {type(cache).__name__}; an LSTM reads an hfpg.lstm.LSTMCache",
         )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -248,16 +257,15 @@ class LSTMModel(LSTMPreTrainedModel):
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embed_tokens(input_ids)
-        mask = _padding(attention_mask, inputs_embeds, past_key_values)
-        states, hidden, cell = self._run(self.dropout(inputs_embeds), mask, past_key_values, use_cache)
-        cache = None
+        mask = _padding(attention_mask, inputs_embeds, cache)
+        states, hidden, cell = self._run(self.dropout(inputs_embeds), mask, cache, use_cache)
         if use_cache:
-            cache = LSTMCache() if past_key_values is None else past_key_values
+            cache = LSTMCache() if cache is None else cache
             cache.update(hidden, cell, inputs_embeds.shape[1])
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
-            past_key_values=cache,
             hidden_states=(inputs_embeds, *states) if output_hidden_states else None,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _run(
@@ -342,6 +350,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Int[Tensor, " N"] = 0,
+        cache: LSTMCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V], and the loss where labels are given. Arguments as for `LSTMModel.forward`, and:
@@ -359,6 +368,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -369,8 +379,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     # ── what `generate` asks for
@@ -385,8 +395,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
     ) -> None:
         """Put an empty state into `model_kwargs`, unless one was given or none is wanted."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LSTMCache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = LSTMCache()
 
 
 AutoConfig.register(LSTMConfig.model_type, LSTMConfig, exist_ok=True)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hfpg.config import ConfigError
-from hfpg.lstm import LSTMCache
+from hfpg.lstm import CACHE, LSTMCache
 from hfpg.models import ActorCritic, LSTMConfig, LSTMForCausalLM, LSTMModel
 from tests import tiny
 
@@ -81,7 +81,7 @@ def test_a_left_padded_row_is_the_row_alone(use_cache: bool, dtype: torch.dtype,
         torch.testing.assert_close(found.logits[row, -width:], alone.logits[0], atol=atol, rtol=0)
         if use_cache:
             for name in ("hidden", "cell"):
-                one, other = getattr(found.past_key_values, name), getattr(alone.past_key_values, name)
+                one, other = getattr(found[CACHE], name), getattr(alone[CACHE], name)
                 torch.testing.assert_close(one[:, row], other[:, 0], atol=atol, rtol=0)
 
 
@@ -144,8 +144,8 @@ def test_logits_to_keep_embeddings_hidden_states_and_tuples():
     close(model.get_output_embeddings()(whole.hidden_states[-1]), whole.logits)
     as_tuple = model(ids, return_dict=False, use_cache=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], whole.logits)
-    assert model(ids).past_key_values is not None and model(ids, use_cache=False).past_key_values is None
-    assert copy.deepcopy(model).train()(ids).past_key_values is None, "in train mode the state is not asked for"
+    assert model(ids).get(CACHE) is not None and model(ids, use_cache=False).get(CACHE) is None
+    assert copy.deepcopy(model).train()(ids).get(CACHE) is None, "in train mode the state is not asked for"
 
 
 def test_dropout_acts_in_train_mode_alone():
@@ -191,28 +191,29 @@ def test_inputs_that_do_not_fit_are_refused():
         model()
     with pytest.raises(ConfigError, match=r"has the shape \(3, 4\); give \(3, 9\)"):
         model(ids, attention_mask=torch.ones(3, 4))
-    with pytest.raises(ConfigError, match="past_key_values is a tuple; an LSTM reads an hfpg.lstm.LSTMCache"):
+    with pytest.raises(ConfigError, match="the cache is a tuple; an LSTM reads an hfpg.lstm.LSTMCache"):
         model(ids, past_key_values=())
 
 
 # ── the cache and generate
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 8], list(range(1, LENGTH))])
-def test_parts_through_the_cache_are_the_whole(cuts: list[int]):
-    """A cut may leave a row with nothing but padding on one side."""
+def test_parts_through_the_cache_are_the_whole(cuts: list[int], name: str):
+    """A cut may leave a row with nothing but padding on one side. Transformers has had two names for the cache."""
     model, (ids, mask) = tiny.model("lstm").double(), left_padded(tokens(), [LENGTH, 4, 1])
     whole, cache, parts = model(ids, attention_mask=mask).logits, LSTMCache(), []
     for start, stop in zip([0, *cuts], [*cuts, LENGTH], strict=True):
-        out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-        assert out.past_key_values is cache and cache.get_seq_length() == stop
+        out = model(ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **{name: cache})
+        assert out[CACHE] is cache and cache.get_seq_length() == stop
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
 
 
 def test_without_use_cache_a_given_state_is_read_and_left_alone():
     model, ids = tiny.model("lstm").double(), tokens()
-    cache = model(ids[:, :5], use_cache=True).past_key_values
+    cache = model(ids[:, :5], use_cache=True)[CACHE]
     hidden = cache.hidden.clone()
     logits = model(ids[:, 5:], past_key_values=cache, use_cache=False).logits
     torch.testing.assert_close(logits, model(ids).logits[:, 5:], atol=1e-12, rtol=0)
@@ -220,7 +221,7 @@ def test_without_use_cache_a_given_state_is_read_and_left_alone():
 
 
 def test_rows_of_a_cache_can_be_chosen_repeated_and_forgotten():
-    cache = tiny.model("lstm")(tokens(), use_cache=True).past_key_values
+    cache = tiny.model("lstm")(tokens(), use_cache=True)[CACHE]
     hidden, cell = cache.hidden, cache.cell
     cache.batch_repeat_interleave(2)
     assert torch.equal(cache.hidden, hidden[:, [0, 0, 1, 1, 2, 2]]) and torch.equal(cache.cell[:, ::2], cell)
@@ -272,7 +273,7 @@ def test_generate_in_chunks_from_embeddings_and_from_a_state():
     assert torch.equal(plain[:, LENGTH:], model.generate(inputs_embeds=embeds, **settings))
     cache = LSTMCache()
     model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache, use_cache=True)
-    assert torch.equal(plain, model.generate(ids, past_key_values=cache, **settings))
+    assert torch.equal(plain, model.generate(ids, **{CACHE: cache}, **settings))
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids[:1], assistant_model=model, max_new_tokens=2)
 

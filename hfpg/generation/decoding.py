@@ -22,6 +22,14 @@ PADDING = 64  # columns of padding that a forward pass of their own would save: 
 GPU_PADDING = 8192  # a GPU is done with them before the next pass is launched
 
 
+CACHES = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
+
+
+def cache_of(inputs: dict[str, Any]) -> Any:
+    """The cache among what `generate` has prepared, or None."""
+    return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+
+
 def rung(rows: int) -> int:
     """What so many rows are made up to: two sizes per factor of two, eight where there are many.
 
@@ -64,7 +72,7 @@ class Decoding:
         self.keys, self.done, self.lengths = sampler.keys, stop.done.clone(), stop.lengths.clone()
         self.positions, mask = inputs["position_ids"], inputs["attention_mask"]
         self.mask = None if mask is None else torch.nn.functional.pad(mask, (0, self.longest), value=1)
-        cache = inputs["past_key_values"]
+        cache = cache_of(inputs)
         cache.layers = [SlabLayer(len(ids), self.width, self.columns) for _ in cache.layers]
         self.layers: list[SlabLayer] = cache.layers
         self.options = {k: v for k, v in inputs.items() if k not in ("position_ids", "attention_mask")}

@@ -24,12 +24,12 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from hfpg.generation.decoding import Decoding
+from hfpg.generation.decoding import CACHES, Decoding, cache_of
 from hfpg.generation.replay import Recorder, ReplayedDecoding, stands_still
 from hfpg.generation.stock import Finished, KeyedSampler
 
 
-INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+INPUTS = {"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"}
 
 
 class DecodeLoop:
@@ -84,7 +84,7 @@ def unsupported(
     inputs: dict[str, Any],
 ) -> str | None:
     """Why this call of `generate` needs the stock loop, or None."""
-    name, cache, positions = type(model).__name__, inputs.get("past_key_values"), inputs.get("position_ids")
+    name, cache, positions = type(model).__name__, cache_of(inputs), inputs.get("position_ids")
     layers = getattr(cache, "layers", [])
     other_layers = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     other_inputs = sorted(set(inputs) - INPUTS)
