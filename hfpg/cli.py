@@ -52,7 +52,7 @@ class Script:
     dataset: str | None = field(
         None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
     )
-    eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.")
+    eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.", least=1)
 
 
 def find_algorithm(name: str) -> Any:
@@ -100,7 +100,6 @@ def train(argv: Sequence[str]) -> None:
     script, algorithm, args = parse(
         (Script, kind, TrainConfig), argv, train.__doc__, elsewhere=knobs_elsewhere(name, kind), prog="hfpg train"
     )
-    require(script.eval_prompts >= 1, f"eval_prompts={script.eval_prompts} must be at least 1, such as 256")
     if script.dataset is None:
         train_data: Any = Dataset.from_dict({"prompt": embedded.prompts("train")})
         held_out: Any = Dataset.from_dict({"prompt": embedded.prompts("eval", script.eval_prompts)})
@@ -151,15 +150,13 @@ class Check:
         None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
     )
     prompt_column: str = field("prompt", "Column that holds the prompt; the others reach the judge.")
-    prompts: int = field(16, "Prompts that are sampled.")
-    num_generations: int = field(4, "Completions of each.")
-    max_completion_length: int = field(48, "Longest completion, in tokens.")
+    prompts: int = field(16, "Prompts that are sampled.", least=1)
+    num_generations: int = field(4, "Completions of each.", least=1)
+    max_completion_length: int = field(48, "Longest completion, in tokens.", least=1)
     step_marker: str | None = field(None, "Text that ends a step, for judges that score steps.")
     seed: int = field(42, "Of the samples.")
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "num_generations", "max_completion_length"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.step_marker != "", "step_marker='' marks nothing; use a text such as a line break")
 
 
@@ -168,6 +165,8 @@ def reward(argv: Sequence[str]) -> None:
     words = ["check", *argv] if {"-h", "--help"} & set(argv[:1]) else list(argv)
     require(words[:1] == ["check"], "use `hfpg reward check FILE.py:name --dataset …`")
     named = list(takewhile(lambda word: not word.startswith("--"), words[1:]))
+    twice = named and any(word.split("=")[0] == "--reward" for word in words)
+    require(not twice, f"judges are named twice, {' '.join(named)} and by --reward; name all in one place")
     (settings,) = parse(
         (Check,),
         [*(["--reward", *named] if named else []), *words[1 + len(named) :]],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hfpg.algorithms import Reinforce
 from hfpg.config import TrainConfig, require
+from hfpg.preflight import refuse_taken
 from hfpg.trainer import PolicyGradientTrainer
 from hfpg.types import Estimates, Rollout
 
@@ -57,6 +58,10 @@ def _name(method: Any) -> str:
     return str(method.baseline if type(method) is Reinforce else type(method).__name__)
 
 
+def _folder(output_dir: str | None, number: int, method: Any) -> str:
+    return f"{output_dir}/{number}-{_name(method)}"
+
+
 def compare(
     model: Any,
     methods: Sequence[Any],
@@ -81,7 +86,7 @@ def compare(
     rows = args.prompts_per_step
     with TemporaryDirectory() as folder:
         for number, method in enumerate(methods):
-            name = f"{args.output_dir or folder}/{number}-{_name(method)}"
+            name = _folder(args.output_dir or folder, number, method)
             own = replace(args, output_dir=name, prompts_per_step=rows // method.num_generations)
             trainer = PolicyGradientTrainer(
                 deepcopy(model), method, reward_funcs, train_dataset, eval_dataset, own, processing_class
@@ -137,6 +142,8 @@ def check_comparison(methods: Sequence[Any], args: TrainConfig, repeats: int) ->
             f"prompts_per_step={rows} completions are no whole groups of num_generations={method.num_generations}; "
             f"use a multiple of it, such as {max(1, rows // method.num_generations) * method.num_generations}",
         )
+    for number, method in enumerate(methods if args.output_dir else ()):
+        refuse_taken(args, _folder(args.output_dir, number, method))
 
 
 def check_repeats(repeats: int) -> None:

@@ -28,11 +28,12 @@ class GuardStop(RuntimeError):
     """A guard has ended the run: what was trained is saved, and the message says what was seen and what to change."""
 
 
-def field(default: Any, help: str) -> Any:  # `help` is the word that argparse and transformers use
-    """A dataclass field with its help text."""
+def field(default: Any, help: str, least: float | None = None) -> Any:  # `help`: argparse's and transformers' word
+    """A dataclass field with its help text. `parse` refuses a number below `least`."""
+    metadata = {"help": help} if least is None else {"help": help, "least": least}
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: default.copy(), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)

@@ -113,6 +113,13 @@ def check_numbers(settings: Any) -> None:
         require(finite, f"{f.name}={value} must be a finite number, {works}")
 
 
+def check_least(settings: Any) -> None:
+    """Raise ConfigError where a field is below the `least` that its metadata says."""
+    for f in dataclasses.fields(settings):
+        value, least = getattr(settings, f.name), f.metadata.get("least")
+        require(least is None or value >= least, f"{f.name}={value} must be at least {least}, such as {f.default}")
+
+
 def refuse_unread(settings: Any, why: str, *names: str) -> None:
     """Raise ConfigError where a field that nothing reads here is not at its default, that of the instance's class.
 

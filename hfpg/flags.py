@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from transformers import HfArgumentParser
 
-from hfpg.fields import ConfigError, nearest, require
+from hfpg.fields import ConfigError, check_least, nearest, require
 
 
 class YamlValue(NamedTuple):
@@ -103,7 +103,7 @@ def parse(
         prog: the command, as `--help` says it.
     Raises:
         ConfigError: a name that two classes share, an unknown key or flag (all of them at once, each with the
-            nearest known name), a value of the wrong type.
+            nearest known name), a value of the wrong type, a number below the `least` of its field.
     """
     owner: dict[str, type] = {}
     for cls in classes:
@@ -158,9 +158,12 @@ def _build(
         for word, name in flags.items()
     }
     require(not rest, "\n".join(f"unknown flag {word!r}{what}" for word, what in told.items()))
-    return tuple(
+    made = tuple(
         cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls) if f.init}) for cls in classes
     )
+    for settings in made:
+        check_least(settings)
+    return made
 
 
 def _convert(action: argparse.Action, value: Any, texts: Any, where: str) -> Any:
@@ -208,6 +211,10 @@ class _Parser(HfArgumentParser):
             if action.type is dict:
                 action.type = json_mapping
         self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[+-]?\d+)?$", re.I)  # argparse's knows no 1e-3
+
+    def add_argument(self, *names: Any, least: float | None = None, **how: Any) -> argparse.Action:
+        """A flag; `least`, from a field's metadata, is for `check_least`."""
+        return super().add_argument(*names, **how)
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)

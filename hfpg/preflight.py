@@ -161,17 +161,32 @@ def left_by_a_run(folder: Path) -> list[Path]:
     return [*checkpoints(folder), *(folder / name for name in OURS if (folder / name).exists())]
 
 
+def refuse_taken(args: TrainConfig, output_dir: str | None = None) -> None:
+    """Raise ConfigError where a new run would find another one in its folder: a recipe with work before it asks first.
+
+    `output_dir`: the folder, where it is not the one of the settings.
+    """
+    folder = Path(output_dir or args.output_dir or "")
+    resume = args.resume_from_checkpoint not in (None, False, "False", "false", "")
+    if folder != Path() and not resume:
+        _check_free(folder, bool(left_by_a_run(folder)), args.overwrite_output_dir)
+
+
+def _check_free(folder: Path, occupied: bool, overwrite: bool) -> None:
+    require(
+        overwrite or not occupied,
+        f"output_dir={str(folder)!r} holds a run already; continue it with resume_from_checkpoint=True, choose "
+        "another folder, or remove it with overwrite_output_dir=True",
+    )
+
+
 def clear_folder(folder: Path, occupied: bool, overwrite: bool) -> None:
     """A new run must not be mixed into another one's folder: what that left there is removed if it may be.
 
     `occupied`: it held a run when the trainer was made; another one may have begun since.
     """
     occupied = occupied or (folder / "run.json").exists()
-    require(
-        overwrite or not occupied,
-        f"output_dir={str(folder)!r} holds a run already; continue it with resume_from_checkpoint=True, choose "
-        "another folder, or remove it with overwrite_output_dir=True",
-    )
+    _check_free(folder, occupied, overwrite)
     for path in left_by_a_run(folder) if occupied else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

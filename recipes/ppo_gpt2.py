@@ -31,7 +31,7 @@ class Script:
     dataset: str | None = field(
         None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
     )
-    eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.")
+    eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.", least=1)
 
 
 def defaults(script: Script) -> dict[str, Any]:

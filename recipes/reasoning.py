@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, s
 from hfpg import PolicyGradientTrainer, TrainConfig
 from hfpg.algorithms import RLOO
 from hfpg.config import field, one_sentence, parse
+from hfpg.preflight import refuse_taken
 from hfpg.rewards.reasoning import reasoning_task
 from hfpg.sft import fine_tune
 
@@ -30,8 +31,8 @@ class Script:
 
     task: str = field("chain_sum", "A task of reasoning-gym.")
     task_options: dict = field(dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1), "Its options, as JSON.")
-    examples: int = field(2000, "Worked examples for SFT.")
-    sft_epochs: float = field(12.0, "Passes over them.")
+    examples: int = field(2000, "Worked examples for SFT.", least=1)
+    sft_epochs: float = field(12.0, "Passes over them.", least=0)
 
 
 def byte_tokenizer() -> Any:
@@ -60,6 +61,7 @@ def main() -> None:
     rl = dict(num_generations=8, kl_coef=0.01, prompts_per_step=32, max_steps=100, max_completion_length=6)
     rl |= dict(learning_rate=1e-3, adam_beta2=0.99, warmup_steps=5)
     script, rloo, args = parse((Script, RLOO, TrainConfig), description=__doc__, defaults=lambda script: rl)
+    refuse_taken(args)
     shown, _ = reasoning_task(script.task, size=script.examples, seed=1, **script.task_options)
     asked, reward = reasoning_task(script.task, size=2000, seed=2, **script.task_options)
     tokenizer = byte_tokenizer()

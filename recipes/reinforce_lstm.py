@@ -32,11 +32,11 @@ DEFAULTS |= dict(save_steps=0, completions_steps=0, disable_tqdm=True, torch_thr
 class Script:
     """What this recipe makes and measures."""
 
-    target: int = field(8, "Words that a text should have, those of its prompt included.")
-    texts: int = field(1536, "Texts that the GPT-2 writes; those that end within 32 tokens are learnt.")
-    sft_epochs: float = field(8.0, "Passes over them.")
+    target: int = field(8, "Words that a text should have, those of its prompt included.", least=1)
+    texts: int = field(1536, "Texts that the GPT-2 writes; those that end within 32 tokens are learnt.", least=1)
+    sft_epochs: float = field(8.0, "Passes over them.", least=0)
     repeats: int = field(16, "Rollouts that measure a gradient's noise.")
-    eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.")
+    eval_prompts: int = field(256, "Held-out prompts, evaluated before and after.", least=1)
     baselines: list[str] = field(["none", "ema", "batch", "group", "greedy", "value"], "Compared: one run each.")
 
 

@@ -35,8 +35,8 @@ class Script:
     pairs: str | None = field(None, "Preferences (.jsonl with chosen and rejected). Default: made from the ratings.")
     judge: str | None = field(None, "A reward model that exists. Default: trained on the pairs.")
     work: str = field("runs/rlhf", "Folder of the stages.")
-    sft_epochs: float = field(1.0, "Passes over the chosen texts.")
-    eval_prompts: int = field(256, "Held-out prompts.")
+    sft_epochs: float = field(1.0, "Passes over the chosen texts.", least=0)
+    eval_prompts: int = field(256, "Held-out prompts.", least=1)
 
 
 def defaults(script: Script) -> dict[str, Any]:

@@ -148,6 +148,10 @@ def test_each_run_has_a_folder_of_its_own(tmp_path):
     runs = list(compare(tiny.model(), twice, tiny.count_a, tiny.rows(), tiny.rows(8), args, tiny.tokenizer(), 2))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0-none", "1-none"]
     assert runs[0].after == runs[1].after
+    with pytest.raises(ConfigError, match="/0-none' holds a run already; continue it with resume_from_checkpoint"):
+        check_comparison(twice, args, 2)
+    for settings in (dict(overwrite_output_dir=True), dict(resume_from_checkpoint="True"), dict(output_dir=None)):
+        check_comparison(twice, dataclasses.replace(args, **settings), 2)
 
 
 def test_completions_that_make_no_whole_groups_are_refused_before_anything_runs(tmp_path):

@@ -186,6 +186,20 @@ def test_a_value_of_the_wrong_type_names_the_field(tmp_path: Path, text: str, wo
     assert all(word in message for word in words), message
 
 
+def test_a_number_below_the_least_of_its_field_is_refused(tmp_path: Path):
+    @dataclasses.dataclass
+    class Least:
+        texts: int = field(8, "Texts.", least=1)
+        epochs: float = field(2.0, "Passes.", least=0)
+
+    (settings,) = parse((Least,), ["--texts", "1", "--epochs", "0"])
+    assert (settings.texts, settings.epochs) == (1, 0.0)
+    with pytest.raises(ConfigError, match="texts=0 must be at least 1, such as 8"):
+        parse((Least,), ["--texts", "0"])
+    with pytest.raises(ConfigError, match=r"epochs=-0.5 must be at least 0, such as 2.0"):
+        parse((Least,), ["--config", write(tmp_path, "epochs: -0.5")])
+
+
 def test_a_flag_of_the_wrong_type_names_the_field():
     with pytest.raises(ConfigError, match="argument --seed.*'x'"):
         parse((TrainConfig,), ["--seed", "x"])

@@ -50,6 +50,8 @@ def test_every_baseline_is_measured_and_saves_noise(tmp_path):
         (["--prompts_per_step", "30"], "prompts_per_step=30 completions are no whole groups of num_generations=4"),
         (["--baselines", "best"], "baseline='best' is unknown"),
         (["--eval_prompts", "-5"], "eval_prompts=-5 must be at least 1"),
+        (["--target", "0"], "target=0 must be at least 1, such as 8"),
+        (["--sft_epochs", "-1"], "sft_epochs=-1.0 must be at least 0, such as 8.0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, sentence, monkeypatch):

@@ -106,9 +106,10 @@ def test_the_command_takes_several_judges_and_says_who_is_noisy(tmp_path, capsys
     ("words", "sentence"),
     [
         (["reward"], "use `hfpg reward check FILE.py:name"),
+        (["reward", "check", "a.py:f", "--reward", "b.py:g"], "judges are named twice, a.py:f and by --reward"),
         (["reward", "check"], "name a judge"),
         (["reward", "check", "no.py:f"], "error: reward 'no.py:f': there is no file no.py\n"),
-        (["reward", "check", "no.py:f", "--prompts", "0"], "error: prompts=0 must be at least 1\n"),
+        (["reward", "check", "no.py:f", "--prompts", "0"], "error: prompts=0 must be at least 1, such as 16\n"),
         (["reward", "check", "no.py:f", "--model", "no/such"], "error: cannot load the model 'no/such': "),
     ],
 )

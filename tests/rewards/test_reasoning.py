@@ -175,3 +175,6 @@ def test_the_recipe_for_two_steps(tmp_path, monkeypatch, capsys):
     reasoning.main()
     assert "before → after 2 steps" in capsys.readouterr().out
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    monkeypatch.setattr(reasoning, "sft", lambda *_: pytest.fail("work came before the refusal"))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        reasoning.main()
