@@ -35,6 +35,7 @@ MAY_CHANGE = {  # every other setting changes what is trained
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "max_steps", "use_cpu"),
     *("torch_threads", "max_tokens_per_micro_batch", "logging_steps", "completions_steps", "num_completions_to_print"),
     *(
+        "ddp_timeout",
         "keep_best_by",
         "stop_overoptimized",
         "stop_constant",

@@ -114,6 +114,9 @@ class TrainConfig:
     bf16: bool = field(False, "bfloat16 autocast (needs hardware that has it). Log-probs stay fp32.")
     use_cpu: bool = field(False, "Stay on the CPU even when there is an accelerator.")
     torch_threads: int | None = field(None, "CPU threads per process. Default: all cores, shared by the processes.")
+    ddp_timeout: int = field(
+        1800, "Seconds that a process waits for the others, as for one whose judge is slower, before the run ends."
+    )
 
     # watching
     logging_steps: int = field(1, "Log every so many steps.")
@@ -160,7 +163,7 @@ class TrainConfig:
     def _check_ranges(self) -> None:
         """Every number in its range, and finite: NaN and inf are in none, but for max_grad_norm=inf, no limit."""
         counts = ("max_steps", "prompts_per_step", "max_completion_length", "max_tokens_per_micro_batch")
-        for name in (*counts, "judge_chunks", "logging_steps"):
+        for name in (*counts, "judge_chunks", "logging_steps", "ddp_timeout"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(
             0 < self.temperature < math.inf,

@@ -6,13 +6,14 @@ import atexit
 import gc
 import logging
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.nn.parallel import DistributedDataParallel
 
 from hfpg.config import TrainConfig, require
@@ -49,6 +50,7 @@ def launch(args: TrainConfig) -> Accelerator:
         mixed_precision="bf16" if args.bf16 else None,  # None: what `accelerate launch` says
         log_with=trackers or None,
         project_dir=(args.output_dir or "runs") if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
     accelerator.gradient_accumulation_steps = 1  # the launcher's setting would scale the gradient
     require(

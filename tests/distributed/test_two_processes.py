@@ -122,6 +122,27 @@ def test_a_finished_run_leaves_no_thread_of_the_group(tmp_path):
         assert "gloo" in before and "gloo" not in after
 
 
+def test_a_process_that_waits_too_long_ends_the_run_and_what_was_trained_is_saved(tmp_path):
+    code = "\n".join(
+        [
+            "import os, time",
+            "from tests import build",
+            "calls = []",
+            "def judge(completions, **k):",
+            "    calls.append(1)",
+            "    if os.environ['RANK'] == '1' and len(calls) == 4: time.sleep(30)",
+            "    return [0.0] * len(completions)",
+            f"build.trainer({str(tmp_path / 'run')!r}, reward=judge, ddp_timeout=3, max_steps=9).train()",
+        ]
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    done = launch([*TORCHRUN, str(script)])
+    assert done.returncode != 0 and "Timed out waiting" in done.stderr
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (saved / "hfpg_state.json").is_file() and str(saved) in done.stdout
+
+
 def test_an_error_in_one_ranks_judge_ends_both(tmp_path):
     code = "\n".join(
         [
