@@ -223,12 +223,18 @@ class TrainConfig:
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """For scripts: a ConfigError ends the program with its sentence and exit status 2, a GuardStop with 3."""
+    """For scripts: a ConfigError ends the program with its sentence and exit status 2, a GuardStop with 3.
+
+    Ctrl-C ends it with 130: a run has said where it is saved, and a traceback would push that out of sight.
+    """
     try:
         yield
     except (ConfigError, GuardStop) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2 if isinstance(error, ConfigError) else 3)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from hfpg import preflight
 from hfpg.checkpoint import put_best
 from hfpg.config import require
 from hfpg.data import share
+from hfpg.report.card import loadable
 from hfpg.report.completions import describe_evaluation, shown
 from hfpg.report.watch import IN_A_ROW, Column, Watch, seen
 from hfpg.rewards.judge import beside
@@ -38,15 +39,16 @@ def evaluate(trainer: Any, dataset: Any) -> dict[str, float]:
     found["dropped"] = len(said["errors"]) / max(said["rows"], 1)
     found |= beside(found, said["metrics"])
     metrics = {f"eval_{name}": value for name, value in found.items()}
-    if dataset is None:
-        told = {"step": trainer.state.global_step, "metrics": metrics, "shown": [*map(list, rows)]}
-        trainer.evaluations.append(told)
-        trainer.run.first_evaluation = trainer.evaluations[0]
+    if dataset is not None:  # callbacks that stop, the record and the card are about the run's own prompts
+        return metrics
+    told = {"step": trainer.state.global_step, "metrics": metrics, "shown": [*map(list, rows)]}
+    trainer.evaluations.append(told)
+    trainer.run.first_evaluation = trainer.evaluations[0]
     ours = trainer.claimed or not trainer.occupied  # before `train`, a folder that holds a run is only looked at
     if ours:
         trainer.recorder.metrics(trainer.state.global_step, metrics)
     trainer.events.evaluated(metrics)
-    if ours and dataset is None and trainer.args.keep_best_by is not None:
+    if ours and trainer.args.keep_best_by is not None:
         scores = zip(in_order.scores.tolist(), in_order.weights.tolist(), strict=True)
         proxy = [score if weight else None for score, weight in scores]
         gold = said["by_function"].get(trainer.args.keep_best_by.removeprefix("eval_scores/"), [])
@@ -62,8 +64,9 @@ def _keep_best(trainer: Any, metrics: dict[str, float], name: str, proxy: Column
         return
     watch, best = seen(Watch.resumed(trainer.run.watch, name), trainer.state.global_step, metrics[name], proxy, gold)
     if best:
-        whole = trainer.save_model(trainer.output_dir / "best.tmp")  # a kill in the middle leaves the best so far
-        trainer.on_main(lambda: put_best(whole, trainer.output_dir / "best", trainer.state.global_step))
+        place = trainer.output_dir / "best"  # a kill in the middle leaves the best so far
+        whole = trainer.save_model(place.with_name("best.tmp"), repo_id=loadable(place))
+        trainer.on_main(lambda: put_best(whole, place, trainer.state.global_step))
     trainer.run.watch = dataclasses.asdict(watch)
     enough = 0 < trainer.args.stop_overoptimized <= watch.falling
     if enough or watch.falling >= IN_A_ROW:

@@ -41,7 +41,7 @@ def training_arguments(args: TrainConfig, device: torch.device) -> TrainingArgum
         disable_tqdm=args.disable_tqdm,
         bf16=args.bf16,
         use_cpu=device.type == "cpu",
-        metric_for_best_model="eval_score",
+        metric_for_best_model=args.keep_best_by or "eval_score",
         greater_is_better=True,
         accelerator_config={"use_configured_state": True},  # or it would reset the Accelerator that exists
         report_to="none",
@@ -150,6 +150,6 @@ class Events:
         """Metrics of an evaluation, likewise."""
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         self.fire("on_evaluate", metrics=metrics)
-        score = metrics.get("eval_score")
+        score = metrics.get(str(self.args.metric_for_best_model))
         if score is not None and (self.state.best_metric is None or score > self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = score, self.state.global_step

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -88,6 +89,26 @@ def _parsed(text: str, path: Path, first: int) -> Any:
         line = text.split("\n")[error.lineno - 1].strip()
         place = f"{path}:{first + error.lineno - 1}"
         raise ConfigError(f"{place}: not valid JSON: {error.msg}: {line!r:.80}") from None
+
+
+@contextmanager
+def in_place_of(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A new folder to save in, whose files end in `folder`, in the place of an earlier save.
+
+    What that left under one of `names` (patterns), and is not written again, goes: an adapter beside other weights
+    would be put on them. An error in the middle leaves the earlier save as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as place:
+        new = Path(place)
+        yield new
+        written = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+        stale = {path.relative_to(folder) for name in names for path in folder.glob(name)} - set(written)
+        for path in written:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (new / path).replace(folder / path)
+        for path in stale:
+            (folder / path).unlink()
 
 
 def refuse_other(folder: Path, stages: Sequence[str], script: Any, *names: str) -> None:

@@ -134,6 +134,11 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def base_of_adapter(model: Any) -> str | None:
+    """Where the weights are that a PeftModel's adapter is put on; None for other models and where nobody knows."""
+    return model.peft_config[model.active_adapter].base_model_name_or_path or None if is_peft(model) else None
+
+
 def of_adapter(name: str, adapter: str) -> bool:
     """Whether a PeftModel's parameter is that adapter's: `….lora_A.default.weight`, `….lora_embedding_A.default`."""
     return adapter in name.split(".")

@@ -47,6 +47,8 @@ def begin(trainer: Any, resume: str | bool | None) -> None:
     if over is not None and trainer.state.global_step < trainer.args.max_steps:
         trainer.terminal.say(f"the run had ended at step {trainer.state.global_step}, by {over}; a larger one goes on")
         trainer.control.should_training_stop = True
+    if path is not None and trainer.state.global_step >= trainer.args.max_steps:
+        trainer.terminal.say(f"the run is done: step {trainer.state.global_step}; a larger max_steps goes on")
     trainer.clock.read()
     trainer.terminal.start(trainer.state.global_step)
 
@@ -90,9 +92,12 @@ def _write_run_file(trainer: Any, path: Path | None) -> None:
     )
 
 
-def end(trainer: Any) -> None:
+def end(trainer: Any, stepped: bool) -> None:
     """What comes after the last turn: callbacks hear of it, and the model is pushed where that is asked for."""
     trainer.terminal.stop()
+    step, most = trainer.state.global_step, trainer.args.max_steps
+    if stepped and step < most:
+        trainer.terminal.say(f"ended at step {step} of {most}, by {ended_early(trainer) or 'a callback'}")
     trainer.events.end_training()
     if trainer.args.push_to_hub:
         if trainer.eval_data is not None:  # the card tells what is measured
@@ -127,7 +132,8 @@ def save_before_the_end(trainer: Any) -> None:
             where = _write_elsewhere(trainer)
             say(f"stopped at step {step}; saved in another place: resume_from_checkpoint={str(where)!r} goes on")
             return
-    again = "start from" if trainer.updating else "resume_from_checkpoint=True goes on from"
+    named = "" if trainer.named_dir is not None else f" with output_dir={trainer.readable(trainer.output_dir)!r}"
+    again = "start from" if trainer.updating else f"resume_from_checkpoint=True{named} goes on from"
     say(f"stopped at step {step}; what was trained is saved: {again} {trainer.readable(where)}")
 
 

@@ -20,6 +20,7 @@ from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, step_ends
 from hfpg.distributed import launch, raise_together, same_everywhere
 from hfpg.events import Events
+from hfpg.files import in_place_of
 from hfpg.frozen import freeze_below
 from hfpg.generation.hf import HFGenerator
 from hfpg.guards import Guards
@@ -28,7 +29,7 @@ from hfpg.kernels import check_liger, use_liger
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.origin import origin
-from hfpg.pretrained import causal_lm, is_peft, load_config, load_policy
+from hfpg.pretrained import base_of_adapter, causal_lm, is_peft, load_config, load_policy
 from hfpg.replay import Replay
 from hfpg.report.card import CardFacts, loadable, model_card, readable
 from hfpg.report.clock import Clock
@@ -130,7 +131,7 @@ class PolicyGradientTrainer:
                     self.end_turn(rollout, metrics)
                 self.evaluate_if_due()
                 self.checkpoint_if_due()
-        session.end(self)
+        session.end(self, stepped=bool(metrics))
         return metrics
 
     def step(self, rollout: Rollout) -> dict[str, float]:
@@ -188,7 +189,8 @@ class PolicyGradientTrainer:
         """One completion of each held-out prompt, with the same random numbers at every call and for every seed.
 
         Returns `eval_*` metrics: those of a rollout (see docs/glossary.md), `eval_distinct_2` (token bigrams) and
-        `eval_top_bigram_share` (share of texts with the most frequent word bigram).
+        `eval_top_bigram_share` (share of texts with the most frequent word bigram). Of another `dataset` than the
+        run's own they are returned and nothing else: not recorded, and no callback hears of them.
         """
         return evaluation.evaluate(self, dataset)
 
@@ -316,15 +318,25 @@ class PolicyGradientTrainer:
         """A plain Hugging Face folder of the policy (or adapter), its tokenizer, the value head, and a model card.
 
         Default: the run's output_dir. It loads with `AutoModelForCausalLM.from_pretrained` and `pipeline`. The card
-        tells how to load it from the folder, or from the repository (and branch) that is named.
+        tells how to load it from the folder, or from the repository (and branch) that is named. An earlier save in
+        the folder is replaced, whatever its kind.
+
+        Raises:
+            ConfigError: an adapter would take the place of its base model.
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
+        base = base_of_adapter(self.learner.actor.policy)
+        require(
+            base is None or Path(base).resolve() != folder.resolve(),
+            f"output_dir={str(folder)!r} holds the base model, without which the adapter is nothing; name another folder",
+        )
 
         def write() -> None:
-            save_actor_critic(self.learner.actor, folder)
-            self.processing_class.save_pretrained(folder)
-            card = self.model_card(repo_id or loadable(folder), revision)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            with in_place_of(folder, hub.HUB_FILES) as new:
+                save_actor_critic(self.learner.actor, new)
+                self.processing_class.save_pretrained(new)
+                card = self.model_card(repo_id or loadable(folder), revision)
+                (new / "README.md").write_text(card, encoding="utf-8")
 
         self.on_main(write)
         return folder

@@ -60,6 +60,16 @@ def test_what_is_wrong_is_one_sentence(words, sentence, capsys):
     assert stopped.value.code == 2 and sentence in said and "Traceback" not in said
 
 
+def test_ctrl_c_is_no_traceback(capsys, monkeypatch):
+    def train(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", train)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train"])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_without_words_it_explains_itself(capsys):
     cli.main([])
     assert "hfpg train --algorithm" in capsys.readouterr().out

@@ -508,6 +508,79 @@ def test_a_saved_value_head_goes_on(tmp_path, capsys):
     assert (other.learner.actor.value.linear.weight == 0).all(), "a head of another kind does not fit"
 
 
+def test_a_save_takes_the_place_of_one_of_another_kind(tmp_path):
+    """An adapter beside the weights of another run would be put on them."""
+    ids, near = torch.tensor([[3, 4, 5]]), dict(rtol=0, atol=1e-6)
+    tiny.model().save_pretrained(tmp_path / "base")
+    lora = dict(peft_config=LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    kinds = [lora, {}, lora, dict(algorithm=PPO(value="separate")), dict(algorithm=RLOO())]
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    for number, kind in enumerate(kinds):
+        trainer = build.trainer(tmp_path / f"{number}", model=str(tmp_path / "base"), **kind)
+        trainer.train()
+        folder = trainer.save_model(tmp_path / "saved")
+        logits = trainer.learner.actor.policy(input_ids=ids).logits
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits, logits, **near)
+        names = {path.name for path in folder.iterdir()}
+        assert ("adapter_config.json" in names) == ("model.safetensors" not in names) == (kind is lora)
+        head = getattr(trainer.algorithm, "value", None) is not None
+        assert ("value_head.safetensors" in names) == head
+        assert any((folder / "value_model").glob("*")) == (number == 3)
+        assert (folder / "notes.txt").read_text() == "mine" and not any(n.startswith(".") for n in names)
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    trainer = build.trainer(tmp_path / "run")
+    folder = trainer.save_model(tmp_path / "saved")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    trainer.train()
+    monkeypatch.setattr(type(trainer), "model_card", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_model(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_adapter_does_not_take_the_place_of_its_base(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    trainer = build.trainer(tmp_path / "run", model=str(tmp_path / "base"), peft_config=lora)
+    with pytest.raises(ConfigError, match="holds the base model, without which the adapter is nothing; name another"):
+        trainer.save_model(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+def test_callbacks_that_stop_follow_the_metric_that_is_kept_by(tmp_path, capsys):
+    """And nothing but the evaluations of the run's own five prompts."""
+    gold, calls = iter([0.1, 0.5, 0.4, 0.3]), []  # its best is the second; eval_score rises and rises
+
+    def proxy(completions):
+        calls.append(1)
+        return [float(len(calls))] * len(completions)
+
+    def judge(completions):
+        return [next(gold) if len(completions) == 5 else 0.0] * len(completions)
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            trainer.evaluate(tiny.rows(2))
+
+    trainer = build.trainer(
+        tmp_path,
+        reward=[proxy, judge],
+        reward_weights=[1.0, 0.0],
+        callbacks=[Looks(), EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_dataset=tiny.rows(5),
+        eval_steps=1,
+        keep_best_by="eval_scores/judge",
+        max_steps=9,
+    )
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step, trainer.state.best_metric) == (4, 2, 0.5)
+    assert len([row for row in lines(tmp_path / "metrics.jsonl") if "eval_score" in row]) == 4
+    assert "ended at step 4 of 9, by EarlyStoppingCallback(2)" in capsys.readouterr().out
+
+
 def test_early_stopping_of_transformers_works(tmp_path):
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
     trainer = build.trainer(

@@ -107,6 +107,7 @@ def test_the_best_by_the_gold_judge_is_kept_and_the_parting_is_said(tmp_path, ca
     kept = load_actor_critic(tmp_path / "best")
     pairs = list(zip(kept.parameters(), states[2], strict=True))
     assert all(torch.equal(a, b) for a, b in pairs) and not (tmp_path / "best.tmp").exists()
+    assert "best.tmp" not in (tmp_path / "best" / "README.md").read_text(), "the card names the folder that it is in"
     said = capsys.readouterr().out.replace("\n", " ")
     assert said.count("learning the judge's weaknesses") == 2 and "(+2.000, step 2) is in" in said
     assert "gold fell to +0.500, beyond chance and in 2 evaluations in a row" in said
