@@ -171,13 +171,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=number_of)
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints beyond `step`: the run goes on from there, and a later "newest" must not find them."""
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints beyond `step`: the run goes on from there, and a later "newest" must not find them.
+
+    Returns their new names.
+    """
+    names = []
     for path in checkpoints(folder):
         if number_of(path) > step:
             aside = path.with_name(f"{path.name}.abandoned")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
+            names.append(aside.name)
+    return names
 
 
 def put_best(whole: Path, best: Path, step: int) -> None:

@@ -150,6 +150,7 @@ class Check:
         None, "Hub id or .jsonl/.json/.csv/.parquet/.txt file of prompts. Default: film prompts."
     )
     prompt_column: str = field("prompt", "Column that holds the prompt; the others reach the judge.")
+    chat_template: str | None = field(None, "File with a Jinja chat template, for tokenizers that have none.")
     prompts: int = field(16, "Prompts that are sampled.", least=1)
     num_generations: int = field(4, "Completions of each.", least=1)
     max_completion_length: int = field(48, "Longest completion, in tokens.", least=1)
@@ -175,7 +176,7 @@ def reward(argv: Sequence[str]) -> None:
     )
     require(bool(settings.reward), "name a judge, as in `hfpg reward check judge.py:score`")
     config = load_config(settings.model)
-    tokenizer = load_tokenizer(settings.model, None, TrainConfig())
+    tokenizer = load_tokenizer(settings.model, None, TrainConfig(chat_template=settings.chat_template))
     ends = None if settings.step_marker is None else partial(step_ends, tokenizer, settings.step_marker)
     judge = Judge(settings.reward, step_ends=ends)
     source: Any = [{"prompt": text} for text in embedded.prompts("train")]

@@ -141,9 +141,13 @@ def share(count: int, rank: int, world: int) -> range:
     return range(count * rank // world, count * (rank + 1) // world)
 
 
+def _is_rows(value: Any) -> bool:
+    return hasattr(value, "column_names") or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+
+
 def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str, list]]:
     """The prompts and the other columns as plain lists."""
-    splits = [name for name in dataset if hasattr(dataset[name], "column_names")] if isinstance(dataset, dict) else []
+    splits = [name for name, rows in dataset.items() if _is_rows(rows)] if isinstance(dataset, dict) else []
     require(
         not splits,
         f"the data set is a {type(dataset).__name__} of splits; give the trainer one of them, such as "
@@ -165,9 +169,13 @@ def read_columns(dataset: Any, prompt_column: str) -> tuple[list[Text], dict[str
         names = list(dict.fromkeys(name for row in dataset for name in row))
         table = {name: [row.get(name) for row in dataset] for name in names}
     else:
+        kind = type(dataset).__name__
+        whole = {"dict": "Dataset.from_dict(data)", "DataFrame": f"Dataset.from_{type(dataset).__module__[:6]}(frame)"}
         raise ConfigError(
-            f"{type(dataset).__name__} is not supported: its order cannot be replayed after a restart. Use a "
-            "datasets.Dataset or a list of dicts; of a stream, `Dataset.from_list(list(stream.take(10_000)))`"
+            f"a {kind} is not read; give the trainer `datasets.{whole[kind]}`"
+            if kind in whole
+            else f"{kind} is not supported: its order cannot be replayed after a restart. Use a datasets.Dataset or a "
+            "list of dicts; of a stream, `Dataset.from_list(list(stream.take(10_000)))`"
         )
     wrong = [name for name in names if not isinstance(name, str)]
     require(not wrong, f"the data set has columns named {wrong}; a name is a text, such as 'prompt'")

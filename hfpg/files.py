@@ -17,7 +17,7 @@ from hfpg.config import ConfigError, require
 
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""Files by the end of their name → what of `datasets` reads them. A .txt file has one column, `text`."""
+"""Files by the end of their name → what of `datasets` reads them. A line of a .txt file is a prompt."""
 
 
 def read_rows(source: str) -> Any:
@@ -33,10 +33,13 @@ def read_rows(source: str) -> Any:
         f"{source!r} is a file of a kind that is not read; use {', '.join(READERS)}, or one of these with .gz",
     )
     try:
+        if reader is None and (path / "state.json").is_file():  # what `Dataset.save_to_disk` writes
+            return datasets.load_from_disk(source)
         if reader is None:
             return datasets.load_dataset(source, split="train")
         with quiet():
-            return datasets.load_dataset(reader, data_files=source, split="train")
+            rows = datasets.load_dataset(reader, data_files=source, split="train")
+            return rows.rename_column("text", "prompt") if reader == "text" else rows
     except Exception as error:  # `datasets` wraps what its readers raise, and lets a StopIteration out
         if reader not in (None, "parquet") and path.is_file():
             refuse_broken(path, reader == "json")

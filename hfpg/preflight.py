@@ -158,7 +158,10 @@ def folder_on_trial(made: list[Path]) -> Iterator[None]:
 
 def left_by_a_run(folder: Path) -> list[Path]:
     """What a run keeps in its folder, and is there."""
-    return [*checkpoints(folder), *(folder / name for name in OURS if (folder / name).exists())]
+    aside = [
+        path for path in folder.glob("*.abandoned") if path.is_dir()
+    ]  # of a run that went on from an earlier step
+    return [*checkpoints(folder), *(folder / name for name in OURS if (folder / name).exists()), *aside]
 
 
 def refuse_taken(args: TrainConfig, output_dir: str | None = None) -> None:

@@ -34,7 +34,9 @@ def begin(trainer: Any, resume: str | bool | None) -> None:
         trainer.recorder.rewind(trainer.state.global_step, evaluation=again)
         for evaluation in trainer.evaluations if unseen and path is None else ():  # made before the folder was ours
             trainer.recorder.metrics(evaluation["step"], evaluation["metrics"])
-        trainer.on_main(lambda: set_aside(trainer.output_dir, trainer.state.global_step))
+        aside = trainer.on_main(lambda: set_aside(trainer.output_dir, trainer.state.global_step))
+        if aside:
+            trainer.terminal.say(f"checkpoints of later steps are kept under other names: {', '.join(aside)}")
     _write_run_file(trainer, path)
     if hasattr(trainer.algorithm, "warnings") and path is None:
         for text in trainer.algorithm.warnings(fresh_value_head=trainer.value_head_from is None):

@@ -352,6 +352,7 @@ class PolicyGradientTrainer:
                 revision=revision,
                 needs_hfpg=type(causal_lm(self.learner.actor.policy)).__module__.startswith("hfpg."),
                 base_model=None if self.facts.get("embedded") else self.base_model,
+                is_chat=not isinstance(self.train_data.prompts[0], str),
                 is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
                 algorithm_fields=dataclasses.asdict(self.algorithm),
@@ -459,6 +460,11 @@ class PolicyGradientTrainer:
     def _load(self, model: Any, peft_config: Any) -> ActorCritic:
         args, value = self.args, self.algorithm.value
         policy = load_policy(model, peft_config=peft_config, **self._pretrained).to(self.accelerator.device)
+        if getattr(peft_config, "lora_dropout", 0.0):
+            logger.warning(
+                "lora_dropout=%s does nothing here: what was sampled is what is trained, so dropout stays off",
+                peft_config.lora_dropout,
+            )
         if args.use_liger_kernel:
             use_liger(policy)
         if args.trainable_layers is not None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -93,6 +94,31 @@ def test_what_cannot_be_replayed_is_refused_by_name(kind: str):
     message = refusal(dataset)
     assert message.startswith(f"{type(dataset).__name__} is not supported: its order cannot be replayed")
     assert "Dataset.from_list(list(stream.take(10_000)))" in message
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (
+            pandas.DataFrame(tiny.rows(3)),
+            "a DataFrame is not read; give the trainer `datasets.Dataset.from_pandas(frame)`",
+        ),
+        ({"prompt": ["aa", "ba"]}, "a dict is not read; give the trainer `datasets.Dataset.from_dict(data)`"),
+        (
+            {"train": tiny.rows(3), "test": tiny.rows(2)},
+            "the data set is a dict of splits; give the trainer one of them, such as dataset['train']",
+        ),
+    ],
+)
+def test_rows_in_another_form_are_refused_with_the_way_to_give_them(dataset: Any, said: str):
+    assert refusal(dataset) == said
+
+
+def test_a_folder_of_save_to_disk_is_a_data_set(tmp_path: Path):
+    rows = datasets.Dataset.from_list([json.loads(row) for row in ROWS])
+    rows.save_to_disk(tmp_path / "rows")
+    train, held_out = load_prompts(str(tmp_path / "rows"), 4)
+    assert sorted([*train["prompt"], *held_out["prompt"]]) == sorted(rows["prompt"])
 
 
 @pytest.mark.parametrize("dataset", [[], (), datasets.Dataset.from_dict({"prompt": []})])
@@ -285,8 +311,7 @@ def test_a_file_of_any_kind(name: str, tmp_path: Path):
         getattr(rows, f"to_{name[2:]}")(source)
     train, held_out = load_prompts(source, 4)
     assert not datasets.are_progress_bars_disabled()
-    column = "text" if name == "a.txt" else "prompt"
-    train, held_out = (PromptData(d, tiny.tokenizer(), prompt_column=column) for d in (train, held_out))
+    train, held_out = (PromptData(d, tiny.tokenizer()) for d in (train, held_out))
     assert sorted(train.prompts + held_out.prompts) == sorted(rows["prompt"])
     assert list(train.columns) == ([] if name == "a.txt" else ["n"]), "the row's number reaches nobody"
 

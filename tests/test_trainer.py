@@ -195,8 +195,11 @@ def test_conversations_train(tmp_path):
         assert prompts[0][0]["role"] == "user"
         return [len(c[0]["content"]) / 10 for c in completions]
 
-    build.trainer(tmp_path, train_dataset=chats, processing_class=tokenizer, reward=judge, max_steps=1).train()
+    trainer = build.trainer(tmp_path, train_dataset=chats, processing_class=tokenizer, reward=judge, max_steps=1)
+    trainer.train()
     assert seen[-1][0]["role"] == "assistant"
+    assert 'generator([{"role": "user", "content": "Hello!"}]' in trainer.model_card()
+    assert 'generator("The movie was"' in build.trainer(tmp_path / "texts").model_card()
 
 
 def test_trackers_of_accelerate_get_the_metrics(tmp_path):
@@ -458,12 +461,18 @@ def test_going_back_in_the_same_trainer_is_exact(tmp_path):
     assert torch.equal(parameters(trainer), end)
 
 
-def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
+def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capsys):
     build.trainer(tmp_path, max_steps=6, save_steps=2).train()
     path = str(tmp_path / "checkpoint-2")
     build.trainer(tmp_path, max_steps=3, save_total_limit=2, resume_from_checkpoint=path).train()
     names = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-3", "checkpoint-4.abandoned", "checkpoint-6.abandoned"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "under other names: checkpoint-4.abandoned, checkpoint-6.abandoned" in said
+    build.trainer(tmp_path, max_steps=1, overwrite_output_dir=True).train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"], "they go with the run"
+    build.trainer(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+    assert "the run is done: step 1; a larger max_steps goes on" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_on_resume(tmp_path):
@@ -539,6 +548,14 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         trainer.save_model(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_dropout_of_an_adapter_is_said_to_do_nothing(tmp_path, caplog):
+    for dropout in (0.0, 0.5):
+        lora = LoraConfig(r=2, lora_dropout=dropout, target_modules=["c_attn"], task_type="CAUSAL_LM")
+        build.trainer(tmp_path / f"{dropout}", peft_config=lora)
+    assert caplog.text.count("does nothing here: what was sampled is what is trained") == 1
+    assert "lora_dropout=0.5" in caplog.text
 
 
 def test_an_adapter_does_not_take_the_place_of_its_base(tmp_path):

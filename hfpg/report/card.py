@@ -42,6 +42,7 @@ class CardFacts:
         value_head: kind of the value function saved with the policy, such as "linear".
         revision: branch that the model is on, where it is not the main one.
         needs_hfpg: transformers knows the architecture only when hfpg is imported.
+        is_chat: the prompts were conversations, which reach the model through its chat template.
     """
 
     model_name: str
@@ -64,6 +65,7 @@ class CardFacts:
     value_head: str | None = None
     revision: str | None = None
     needs_hfpg: bool = False
+    is_chat: bool = False
 
 
 def readable(folder: Path, here: Path) -> str:
@@ -134,10 +136,15 @@ def _title(facts: CardFacts) -> str:
 def _quick_start(facts: CardFacts) -> str:
     first = "import hfpg  # its architecture is hfpg's\n" if facts.needs_hfpg else ""
     branch = f", revision={_literal(facts.revision)}" if facts.revision else ""
+    call = 'generator("The movie was", max_new_tokens=32)[0]["generated_text"]'
+    if facts.is_chat:
+        call = (
+            'generator([{"role": "user", "content": "Hello!"}], max_new_tokens=32)[0]["generated_text"][-1]["content"]'
+        )
     code = f"""{first}from transformers import pipeline
 
 generator = pipeline("text-generation", model={_literal(facts.model_name)}{branch})
-print(generator("The movie was", max_new_tokens=32)[0]["generated_text"])"""
+print({call})"""
     return f"## Quick start\n\n{_fenced('python', code)}"
 
 

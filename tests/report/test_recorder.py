@@ -95,6 +95,13 @@ def test_rewind_without_files_is_nothing(recorder: Recorder):
     assert not list(recorder.folder.iterdir())
 
 
+@pytest.mark.parametrize("start", ["-c", "", "-", "/x/ipykernel_launcher.py", "/x/colab_kernel_launcher.py"])
+def test_what_no_command_starts_has_none(start: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", [start, "-f", "kernel-abc.json"])
+    recorder.run_file({})
+    assert json.loads((recorder.folder / "run.json").read_text())["command"] is None
+
+
 def test_run_json_says_what_was_asked_and_blots_out_tokens(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
     token = "hf_" + "a" * 30
     monkeypatch.setattr("sys.argv", ["train.py", f"--token={token}", "a b"])

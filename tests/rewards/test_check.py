@@ -88,6 +88,21 @@ def test_the_command(tmp_path, capsys):
     assert re.search(r"earns: an empty text +│ \+1\.000 ", out)  # its one token is the end of text
 
 
+def test_conversations_are_checked_with_a_template_of_ones_own(tmp_path, capsys):
+    (tmp_path / "judge.py").write_text(
+        "def one(completions):\n    return [1.0 for c in completions if c[0]['role']]\n"
+    )
+    (tmp_path / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "A film"}]}\n' * 4)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    words = ["reward", "check", f"{tmp_path}/judge.py:one", "--dataset", f"{tmp_path}/chat.jsonl"]
+    words += ["--prompts", "2", "--max_completion_length", "4"]
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert "name a file with --chat_template" in capsys.readouterr().err
+    cli.main([*words, "--chat_template", f"{tmp_path}/chat.jinja"])
+    assert "one on 8 completions" in capsys.readouterr().out
+
+
 def test_the_command_takes_several_judges_and_says_who_is_noisy(tmp_path, capsys, caplog):
     file = tmp_path / "judge.py"
     file.write_text(
