@@ -15,6 +15,8 @@ from hfpg.generation.hf import check_options
 
 
 VERBS = ("init", "rewards", "estimate", "update")
+SETTINGS = ("num_generations", "kl_coef", "value")
+"""What every method has, beside its verbs: see docs/extending.md."""
 
 
 def check_arguments(
@@ -63,10 +65,16 @@ def _check_algorithm(algorithm: Any) -> None:
     """An instance of a dataclass with the verbs, not its name or class."""
     named = PRESETS.get(algorithm.lower(), PRESETS["ppo"]) if isinstance(algorithm, str) else algorithm
     name = named.__name__ if isinstance(named, type) else "PPO"
-    missing = [verb for verb in VERBS if not hasattr(algorithm, verb)]
+    verbs = all(hasattr(algorithm, verb) for verb in VERBS)
     require(
-        dataclasses.is_dataclass(algorithm) and not isinstance(algorithm, type) and not missing,
+        dataclasses.is_dataclass(algorithm) and not isinstance(algorithm, type) and verbs,
         f"algorithm={algorithm!r:.60} is no instance of a method; give one, such as {name}() from hfpg.algorithms",
+    )
+    missing = [setting for setting in SETTINGS if not hasattr(algorithm, setting)]
+    require(
+        not missing,
+        f"the algorithm {type(algorithm).__name__} has no {', '.join(missing)}; a method says how many completions "
+        "each prompt gets (num_generations=1), how much KL costs (kl_coef=0.0) and what critic it has (value=None)",
     )
     shared = {f.name for f in dataclasses.fields(algorithm)} & {f.name for f in dataclasses.fields(TrainConfig)}
     require(  # one flat namespace of flags

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from hfpg.config import ConfigError, no_progress_bar, require
+from hfpg.fields import resumed_from
 from hfpg.integrity import changed_file, file_sums, sealed, unsealed
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, load_value_head, save_actor_critic
@@ -103,6 +104,7 @@ def save_checkpoint(
         trainer_state.save_to_json(str(work / "trainer_state.json"))
         state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config, "files": read_again(work)}
         (work / STATE_FILE).write_text(sealed(state))
+        replace_folder(work, target)
     except Exception as error:
         shutil.rmtree(work, ignore_errors=True)
         free = shutil.disk_usage(folder).free // 2**20
@@ -111,7 +113,6 @@ def save_checkpoint(
             f"{target} could not be written: {error} ({free} MiB are free there); complete checkpoints: "
             f"{kept or 'none'}. Make room, or name another output_dir"
         ) from error
-    replace_folder(work, target)
     return target
 
 
@@ -218,10 +219,11 @@ def find_checkpoint(resume: str | bool | None, folder: Path) -> Path | None:
     Raises:
         ConfigError: a path that is no checkpoint (with what there is).
     """
-    if resume in (None, False, "False", "false", ""):
+    resume = resumed_from(resume)
+    if resume is None:
         return None
     there = checkpoints(folder)
-    if resume in (True, "True", "true"):
+    if resume == "True":
         return there[-1] if there else None
     path = Path(str(resume))
     require(

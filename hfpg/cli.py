@@ -25,16 +25,18 @@ from rich.table import Table
 
 from hfpg import embedded
 from hfpg.algorithms import PRESETS
+from hfpg.arguments import VERBS
 from hfpg.config import ConfigError, TrainConfig, field, nearest, one_sentence, parse, require
 from hfpg.data import PromptData, decode_completions, load_prompts, step_ends
 from hfpg.files import read_rows
 from hfpg.flags import peek, read_yaml
 from hfpg.generation.hf import HFGenerator
-from hfpg.preflight import context_length, dry_call, load_tokenizer
+from hfpg.preflight import dry_call, load_tokenizer
 from hfpg.pretrained import load_config, load_policy
 from hfpg.rewards import Judge, RewardError
 from hfpg.rewards.check import Findings, examine
 from hfpg.rewards.judge import import_function
+from hfpg.text_config import context_length
 from hfpg.trainer import PolicyGradientTrainer
 
 
@@ -65,7 +67,7 @@ def find_algorithm(name: str) -> Any:
         "'file.py:Class'",
     )
     found = import_function(name, "algorithm")
-    missing = [verb for verb in ("init", "rewards", "estimate", "update") if not hasattr(found, verb)]
+    missing = [verb for verb in VERBS if not hasattr(found, verb)]
     require(
         isinstance(found, type) and dataclasses.is_dataclass(found) and not missing,
         f"algorithm {name!r} must be a dataclass with init, rewards, estimate and update (missing: "

@@ -12,14 +12,14 @@ import torch
 
 from hfpg import preflight
 from hfpg.config import GuardStop, require
-from hfpg.data import PromptData, decode_completions, order, plain_text, share
+from hfpg.data import PromptData, decode_completions, order, share
 from hfpg.distributed import gather_list, raise_together
 from hfpg.learner import Learner
 from hfpg.ops.baselines import equal_in_group
 from hfpg.report.clock import Clock
 from hfpg.rewards import Judge
 from hfpg.rewards.judge import Heard, Log, merge_rounds, merge_said
-from hfpg.types import Prompts, Samples, Scores, Text, join
+from hfpg.types import Prompts, Samples, Scores, Text, join, plain_text
 
 
 @contextmanager

@@ -20,7 +20,15 @@ from typing import Any, Literal
 from transformers.utils import logging as hf_logging
 
 # the rest of hfpg, and recipes, ask this module for them
-from hfpg.fields import ConfigError, check_choices, check_numbers, nearest, refuse_unread, require  # noqa: F401
+from hfpg.fields import (  # noqa: F401
+    ConfigError,
+    check_choices,
+    check_numbers,
+    nearest,
+    refuse_unread,
+    require,
+    resumed_from,
+)
 from hfpg.flags import parse  # noqa: F401
 
 
@@ -146,10 +154,8 @@ class TrainConfig:
     trust_remote_code: bool = field(False, "Run model code from the Hub repository. Never applies to judges.")
 
     def __post_init__(self) -> None:
-        if self.resume_from_checkpoint in (False, "False", "false", ""):
-            self.resume_from_checkpoint = None
-        if self.resume_from_checkpoint is True:
-            self.resume_from_checkpoint = "True"
+        if isinstance(self.resume_from_checkpoint, bool | str):
+            self.resume_from_checkpoint = resumed_from(self.resume_from_checkpoint)
         for f in dataclasses.fields(self):
             if isinstance(getattr(self, f.name), Path):
                 setattr(self, f.name, str(getattr(self, f.name)))

@@ -339,11 +339,6 @@ def step_ends(tokenizer: Any, marker: str, ids: list[int]) -> list[int]:
     return found if not ids or found[-1:] == [len(ids) - 1] else [*found, len(ids) - 1]
 
 
-def plain_text(prompt: Text) -> str:
-    """A prompt as one text: itself, or the content of a conversation's last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
 def load_prompts(source: str, held_out: int) -> tuple[Any, Any]:
     """Training and held-out rows of a Hub data set, a folder or a file: at most a fifth is held out.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,8 +18,12 @@ from hfpg.report.watch import IN_A_ROW, Column, Watch, seen
 from hfpg.rewards.judge import beside
 
 
+if TYPE_CHECKING:
+    from hfpg.trainer import PolicyGradientTrainer
+
+
 @torch.no_grad()
-def evaluate(trainer: Any, dataset: Any) -> dict[str, float]:
+def evaluate(trainer: PolicyGradientTrainer, dataset: Any) -> dict[str, float]:
     """See `PolicyGradientTrainer.evaluate`, whose body this is."""
     data = trainer.eval_data if dataset is None else trainer.read(dataset, trainer.learner.actor.policy.config)
     require(data is not None, "evaluate needs held-out prompts; give the trainer an eval_dataset")
@@ -56,7 +60,9 @@ def evaluate(trainer: Any, dataset: Any) -> dict[str, float]:
     return metrics
 
 
-def _keep_best(trainer: Any, metrics: dict[str, float], name: str, proxy: Column, gold: Column) -> None:
+def _keep_best(
+    trainer: PolicyGradientTrainer, metrics: dict[str, float], name: str, proxy: Column, gold: Column
+) -> None:
     """Keep the model that is best by a metric which training does not see, and say when the two part."""
     unheard = metrics["eval_dropped"] > trainer.args.max_dropped or metrics["eval_unscored"] == 1
     if unheard or not math.isfinite(metrics.get(name, math.nan)):

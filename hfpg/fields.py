@@ -120,6 +120,12 @@ def check_least(settings: Any) -> None:
         require(least is None or value >= least, f"{f.name}={value} must be at least {least}, such as {f.default}")
 
 
+def resumed_from(value: Any) -> str | None:
+    """What `resume_from_checkpoint` says: None: start fresh; "True": the newest checkpoint; else the path of one."""
+    text = "" if value is None else str(value)
+    return {"": None, "false": None, "true": "True"}.get(text.lower(), text)
+
+
 def refuse_unread(settings: Any, why: str, *names: str) -> None:
     """Raise ConfigError where a field that nothing reads here is not at its default, that of the instance's class.
 

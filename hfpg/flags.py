@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from transformers import HfArgumentParser
 
-from hfpg.fields import ConfigError, check_least, nearest, require
+from hfpg.fields import ConfigError, check_least, first_line, nearest, require
 
 
 class YamlValue(NamedTuple):
@@ -52,7 +52,7 @@ def read_yaml(path: str | Path) -> dict[str, YamlValue]:
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # control characters, bytes that are no UTF-8, impossible dates
-        raise ConfigError(f"{path}:{line}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}:{line}: not valid YAML: {first_line(error)}") from None
     return found
 
 

@@ -105,6 +105,6 @@ class Guards:
         """GuardStop when the updates of STUCK_STEPS steps in a row failed."""
         if self.stuck >= STUCK_STEPS:
             raise GuardStop(
-                "three steps in a row changed nothing: their gradients were not finite, or no completion was scored; "
-                "look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
+                f"{STUCK_STEPS} steps in a row changed nothing: their gradients were not finite, or no completion was "
+                "scored; look at loss, grad_norm and unscored in metrics.jsonl, and try a smaller learning_rate"
             )

@@ -138,8 +138,9 @@ class Learner:
         elif given.logprobs.numel():
             for a, b in zip(given, scored, strict=True):
                 if a is not None and b is not None:
-                    worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1)))
-        gaps = torch.tensor([worst if worst < math.inf else math.inf], device=self.accelerator.device)
+                    off = float((a - b).abs().max() / b.abs().max().clamp(min=1))
+                    worst = max(worst, off if math.isfinite(off) else math.inf)  # max(0.0, nan) is 0.0
+        gaps = torch.tensor([worst], device=self.accelerator.device)
         return float(self.accelerator.gather(gaps).max())
 
     # ── training

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from hfpg.config import require
+from hfpg.fields import first_line
 from hfpg.learner import Learner, LossFunction
 from hfpg.micro_batches import clip_columns, model_inputs, trim
 from hfpg.models import ActorCritic
@@ -151,7 +152,7 @@ class TrustRegion:
             try:
                 twice = self.exact_part(rows, v)
             except RuntimeError as error:
-                logger.info("no Fisher products by differentiating twice: %s", str(error).splitlines()[0])
+                logger.info("no Fisher products by differentiating twice: %s", first_line(error))
                 return 2
             once = self.difference(lambda rows=rows: self.gradient_part(rows), v)  # type: ignore[misc]
             if not (twice - once).norm() <= 0.1 * torch.maximum(twice.norm(), once.norm()):

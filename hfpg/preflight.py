@@ -17,16 +17,15 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hfpg import hub
+from hfpg import embedded, hub
 from hfpg.checkpoint import checkpoints, find_checkpoint
 from hfpg.config import ConfigError, TrainConfig, nearest, require
-from hfpg.data import PromptData, plain_text, read_chat_template
+from hfpg.data import PromptData, read_chat_template
 from hfpg.distributed import raise_together
-from hfpg.fields import first_line
+from hfpg.fields import first_line, resumed_from
 from hfpg.rewards import Judge, RewardError
 from hfpg.rewards.judge import DryCall, beside
-from hfpg.text_config import context_length as context_length  # said again: callers ask it of this module
-from hfpg.types import Samples
+from hfpg.types import Samples, plain_text
 
 
 logger = logging.getLogger(__name__)
@@ -138,7 +137,7 @@ def _output_dir(args: TrainConfig, algorithm: Any, model_name: str, here: Path) 
 def refuse_newest_of_nothing(resume: str | bool | None, output_dir: str | None) -> None:
     """Raise ConfigError where the newest checkpoint of the run's folder is asked for, and the folder is a new one."""
     require(
-        str(resume).lower() != "true" or output_dir is not None,
+        resumed_from(resume) != "True" or output_dir is not None,
         "resume_from_checkpoint=True goes on from the newest checkpoint of output_dir, and none is given: the run "
         "would start again in a new folder; set output_dir to that of the run, such as 'runs/ppo-gpt2'",
     )
@@ -158,9 +157,7 @@ def folder_on_trial(made: list[Path]) -> Iterator[None]:
 
 def left_by_a_run(folder: Path) -> list[Path]:
     """What a run keeps in its folder, and is there."""
-    aside = [
-        path for path in folder.glob("*.abandoned") if path.is_dir()
-    ]  # of a run that went on from an earlier step
+    aside = [path for path in folder.glob("*.abandoned") if path.is_dir()]  # the run went on from an earlier step
     return [*checkpoints(folder), *(folder / name for name in OURS if (folder / name).exists()), *aside]
 
 
@@ -170,8 +167,7 @@ def refuse_taken(args: TrainConfig, output_dir: str | None = None) -> None:
     `output_dir`: the folder, where it is not the one of the settings.
     """
     folder = Path(output_dir or args.output_dir or "")
-    resume = args.resume_from_checkpoint not in (None, False, "False", "false", "")
-    if folder != Path() and not resume:
+    if folder != Path() and args.resume_from_checkpoint is None:
         _check_free(folder, bool(left_by_a_run(folder)), args.overwrite_output_dir)
 
 
@@ -220,6 +216,8 @@ def alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def name_of(model: Any) -> str:
     """What a model is called: its Hub id or folder, or the class of one made in memory."""
+    if model == embedded.MODEL:
+        return embedded.NAME
     return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 

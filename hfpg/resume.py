@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback
 
@@ -14,7 +14,11 @@ from hfpg.checkpoint import best_fits, check_settings, load_checkpoint, read_sta
 from hfpg.distributed import same_everywhere
 
 
-def write_checkpoint(trainer: Any, elsewhere: Path | None = None) -> Path:
+if TYPE_CHECKING:
+    from hfpg.trainer import PolicyGradientTrainer
+
+
+def write_checkpoint(trainer: PolicyGradientTrainer, elsewhere: Path | None = None) -> Path:
     """Write checkpoint-N, on the main process, into the run's folder or another one.
 
     Raises:
@@ -34,7 +38,7 @@ def write_checkpoint(trainer: Any, elsewhere: Path | None = None) -> Path:
     return path
 
 
-def go_on_from(trainer: Any, path: Path) -> None:
+def go_on_from(trainer: PolicyGradientTrainer, path: Path) -> None:
     """Everything as it was when the checkpoint was written.
 
     Raises:
@@ -68,12 +72,12 @@ def go_on_from(trainer: Any, path: Path) -> None:
     trainer.events.handler.lr_scheduler = trainer.learner.scheduler  # made anew for the step that is resumed
 
 
-def evaluation_due(trainer: Any) -> bool:
+def evaluation_due(trainer: PolicyGradientTrainer) -> bool:
     """Whether an evaluation of this step is asked for, or was before the run was stopped."""
     return trainer.eval_data is not None and (trainer.control.should_evaluate or trainer.run.evaluation_due)
 
 
-def settings_of(trainer: Any) -> dict[str, Any]:
+def settings_of(trainer: PolicyGradientTrainer) -> dict[str, Any]:
     """Every setting of the run and its origin, flat: the algorithm's fields and TrainConfig's have different names."""
     name = {"algorithm": type(trainer.algorithm).__name__}
     fields = name | dataclasses.asdict(trainer.algorithm) | trainer.args.to_dict() | trainer.origin
@@ -86,12 +90,12 @@ def _by_name(value: Any) -> str:
     return getattr(value, "__qualname__", type(value).__qualname__) if " at 0x" in text else text
 
 
-def check_resumable(trainer: Any, path: Path) -> None:
+def check_resumable(trainer: PolicyGradientTrainer, path: Path) -> None:
     """Raise ConfigError for a checkpoint of a run with other settings, before anything is touched."""
     check_settings(path, read_state(path)["config"], settings_of(trainer))
 
 
-def ended_early(trainer: Any) -> str | None:
+def ended_early(trainer: PolicyGradientTrainer) -> str | None:
     """Why a run that is resumed has ended already: its evaluations had said so, and still do. None: it goes on."""
     limit, watch = trainer.args.stop_overoptimized, trainer.run.watch
     if 0 < limit <= watch.get("falling", 0) and watch.get("name") == trainer.args.keep_best_by:

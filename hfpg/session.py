@@ -7,24 +7,28 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from hfpg import preflight
 from hfpg.checkpoint import CheckpointError, checkpoints, find_checkpoint, set_aside, undamaged
+from hfpg.fields import resumed_from
 from hfpg.models import save_actor_critic
 from hfpg.resume import check_resumable, ended_early, go_on_from, write_checkpoint
 
 
-def begin(trainer: Any, resume: str | bool | None) -> None:
+if TYPE_CHECKING:
+    from hfpg.trainer import PolicyGradientTrainer
+
+
+def begin(trainer: PolicyGradientTrainer, resume: str | bool | None) -> None:
     """What comes before the first turn: a fresh folder or a checkpoint to go on from, run.json, the first evaluation.
 
     Raises:
         ConfigError: a checkpoint that is not there, or of a run with other settings; a folder that holds another run.
     """
-    resume = trainer.args.resume_from_checkpoint if resume is None else resume
-    resume = None if resume in (False, "False", "false", "") else resume
+    resume = resumed_from(trainer.args.resume_from_checkpoint if resume is None else resume)
     path = _take_folder(trainer, resume)
     unseen, trainer.claimed = trainer.occupied and not trainer.claimed, True
     if trainer.value_head_from is not None and path is None:
@@ -55,13 +59,13 @@ def begin(trainer: Any, resume: str | bool | None) -> None:
     trainer.terminal.start(trainer.state.global_step)
 
 
-def _take_folder(trainer: Any, resume: str | bool | None) -> Path | None:
+def _take_folder(trainer: PolicyGradientTrainer, resume: str | None) -> Path | None:
     """The run's folder, emptied or as a run left it; the checkpoint that was loaded, if any."""
     step, say = trainer.state.global_step, trainer.terminal.say
     trainer.saved_step = min(trainer.saved_step, step)  # an earlier `train` may have failed to load
     path = find_checkpoint(resume, trainer.output_dir)
     if path is not None:
-        path = undamaged(path.resolve(), resume not in (True, "True", "true"), say)
+        path = undamaged(path.resolve(), resume != "True", say)
         check_resumable(trainer, path)
     fresh = path is None and not resume and not trainer.claimed
     if fresh or (path is not None and path.parent != trainer.output_dir.resolve()):
@@ -77,8 +81,7 @@ def _take_folder(trainer: Any, resume: str | bool | None) -> Path | None:
     return path
 
 
-def _write_run_file(trainer: Any, path: Path | None) -> None:
-    trainer.facts.setdefault("model", trainer.model_name)
+def _write_run_file(trainer: PolicyGradientTrainer, path: Path | None) -> None:
     trainer.recorder.run_file(
         {
             "seed": trainer.args.seed,
@@ -89,12 +92,12 @@ def _write_run_file(trainer: Any, path: Path | None) -> None:
             "threads": torch.get_num_threads(),
             "device": str(trainer.accelerator.device),
             "resumed_from": None if path is None else path.name,
-            **trainer.facts,
+            "model": trainer.model_name,
         }
     )
 
 
-def end(trainer: Any, stepped: bool) -> None:
+def end(trainer: PolicyGradientTrainer, stepped: bool) -> None:
     """What comes after the last turn: callbacks hear of it, and the model is pushed where that is asked for."""
     trainer.terminal.stop()
     step, most = trainer.state.global_step, trainer.args.max_steps
@@ -109,7 +112,7 @@ def end(trainer: Any, stepped: bool) -> None:
         trainer.terminal.say(f"pushed to {url}")
 
 
-def save_before_the_end(trainer: Any) -> None:
+def save_before_the_end(trainer: PolicyGradientTrainer) -> None:
     """A signal or an error takes nothing: the step that is done is saved, or weights between two optimizer steps."""
     with suppress(OSError):  # a log on a full disk, say
         trainer.terminal.stop()
@@ -139,7 +142,7 @@ def save_before_the_end(trainer: Any) -> None:
     say(f"stopped at step {step}; what was trained is saved: {again} {trainer.readable(where)}")
 
 
-def _write_elsewhere(trainer: Any) -> Path:
+def _write_elsewhere(trainer: PolicyGradientTrainer) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="hfpg-"))
     try:
         trainer.recorder.write_waiting(folder)
@@ -149,7 +152,7 @@ def _write_elsewhere(trainer: Any) -> Path:
         raise
 
 
-def _record_if_not_yet(trainer: Any) -> None:
+def _record_if_not_yet(trainer: PolicyGradientTrainer) -> None:
     if trainer.unrecorded is None:
         return
     try:

@@ -43,6 +43,7 @@ from hfpg.rescorer import Rescorer
 from hfpg.resume import evaluation_due, write_checkpoint
 from hfpg.rewards import Judge
 from hfpg.rewards.judge import beside
+from hfpg.text_config import context_length
 from hfpg.types import Prompts, Rollout, Samples, Scores
 
 
@@ -103,7 +104,6 @@ class PolicyGradientTrainer:
             self.algorithm_state, self.run = algorithm.init(), RunState()
             self._connect(actor, generator, callbacks)
         self.evaluations: list[dict[str, Any]] = []  # the first one, and those since the run was resumed
-        self.facts: dict[str, Any] = {}
         self.saved_step: float = -1  # infinite while a checkpoint is loaded
         self.unrecorded: tuple[Rollout, dict[str, float]] | None = None  # a step that no file tells of yet
         self.claimed = False  # the run's folder is ours to write in: fresh, or resumed
@@ -263,7 +263,7 @@ class PolicyGradientTrainer:
     def checkpoint_if_due(self) -> None:
         """Save when a callback or `save_steps` asks for it, and at the last step.
 
-        What cannot be written (a full disk) is tried again at the next steps, and ends the run the third time.
+        What cannot be written (a full disk) is tried again at the next steps; MOST_FAILED_SAVES of them end the run.
         """
         self.events.agree()
         done = self.state.global_step >= self.args.max_steps or self.control.should_training_stop
@@ -328,7 +328,8 @@ class PolicyGradientTrainer:
         base = base_of_adapter(self.learner.actor.policy)
         require(
             base is None or Path(base).resolve() != folder.resolve(),
-            f"output_dir={str(folder)!r} holds the base model, without which the adapter is nothing; name another folder",
+            f"output_dir={str(folder)!r} holds the base model, without which the adapter is nothing; name another "
+            "folder",
         )
 
         def write() -> None:
@@ -351,7 +352,7 @@ class PolicyGradientTrainer:
                 model_name=repo_id or loadable(self.output_dir),
                 revision=revision,
                 needs_hfpg=type(causal_lm(self.learner.actor.policy)).__module__.startswith("hfpg."),
-                base_model=None if self.facts.get("embedded") else self.base_model,
+                base_model=self.base_model,
                 is_chat=not isinstance(self.train_data.prompts[0], str),
                 is_adapter=is_peft(self.learner.actor.policy),
                 algorithm=type(self.algorithm).__name__,
@@ -428,7 +429,7 @@ class PolicyGradientTrainer:
             self.processing_class,
             prompt_column=self.args.prompt_column,
             max_completion_length=self.args.max_completion_length,
-            context=preflight.context_length(config),
+            context=context_length(config),
             overlong=self.args.overlong_prompts,
         )
 

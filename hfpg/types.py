@@ -9,7 +9,7 @@ Every class is frozen; an optional field is absent by the algorithm's or the eng
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,28 @@ R = TypeVar("R", bound="Rows")
 def ends_in_answer(prompt: Text) -> bool:
     """Whether a conversation's last message is the assistant's: an answer that was begun, to be gone on with."""
     return not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
+
+
+def text_of(text: Text) -> str:
+    """What was written: a string itself; of a conversation, the text of all messages of the assistant."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(message_text(m) for m in text if m.get("role", "assistant") == "assistant")
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """The text of one message, whose content is a string or a list of parts."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if part.get("type") == "text")
+
+
+def plain_text(text: Text) -> str:
+    """A prompt as one text: itself, or the text of a conversation's last message."""
+    if isinstance(text, str):
+        return text
+    return message_text(text[-1]) if text else ""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,6 @@ def main() -> None:
         args.reward_weights = args.reward_weights or [1.0, 0.0]
     trainer = PolicyGradientTrainer(script.model, ppo, rewards, train, held_out, args)
     if script.model == embedded.MODEL:
-        trainer.model_name, trainer.facts["embedded"] = embedded.NAME, True
         trainer.terminal.say(f"model: {embedded.NAME}, embedded in hfpg (--model gpt2 trains a checkpoint of the Hub)")
     trainer.evaluate()
     trainer.train()

@@ -30,6 +30,7 @@ from hfpg.data import PromptData, decode_completions, load_prompts, order
 from hfpg.generation.hf import HFGenerator
 from hfpg.pretrained import load_policy
 from hfpg.rewards.learned import ClassifierReward
+from hfpg.text_config import context_length
 from hfpg.types import Text
 
 
@@ -81,7 +82,7 @@ def sample(script: Script) -> tuple[list[Any], list[Any]]:
         rows = load_prompts(script.prompts, 1)[0]
     policy = load_policy(script.policy).to(device)
     tokenizer = AutoTokenizer.from_pretrained(script.policy)
-    context = getattr(policy.config, "max_position_embeddings", None)
+    context = context_length(policy.config)
     data = PromptData(rows, tokenizer, max_completion_length=script.max_completion_length, context=context)
     generate = HFGenerator(
         tokenizer,

@@ -12,9 +12,10 @@ from typing import Any
 from datasets import load_dataset
 
 from hfpg.config import ConfigError, nearest, require
+from hfpg.fields import first_line
 from hfpg.ops.keyed import permutation
 from hfpg.rewards.learned import as_text
-from hfpg.types import Text
+from hfpg.types import Text, message_text
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def judged_text(tokenizer: Any, prompt: Text, completion: Text) -> str:
 
 def plain(text: Text) -> str:
     """A text or the contents of a conversation's messages: what is compared and measured."""
-    return text if isinstance(text, str) else "\n".join(str(message.get("content") or "") for message in text)
+    return text if isinstance(text, str) else "\n".join(map(message_text, text))
 
 
 def load_pairs(
@@ -100,9 +101,7 @@ def load_pairs(
             else load_dataset(source, config, split=split)
         )
     except Exception as error:  # datasets raises its own family, pyarrow's, the client's and the standard ones
-        raise ConfigError(
-            f"cannot load the data set {source!r}: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"cannot load the data set {source!r}: {first_line(error)}") from error
     return read_pairs({name: list(rows[name]) for name in rows.column_names}, source, margin_column)
 
 

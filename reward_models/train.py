@@ -40,6 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hfpg.config import SECRET, ConfigError, field, no_progress_bar, one_sentence, parse, require
 from hfpg.data import read_chat_template
+from hfpg.fields import first_line
 from hfpg.ops.preference import bradley_terry, centering, pair_accuracy
 from hfpg.rewards.model_judge import longest_input
 
@@ -172,8 +173,7 @@ def load_backbone(script: Script) -> tuple[Any, Any]:
                 ignore_mismatched_sizes=True,  # the head of a classifier with other labels is replaced
             )
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cannot load the backbone {script.model!r}: {first}") from error
+        raise ConfigError(f"cannot load the backbone {script.model!r}: {first_line(error)}") from error
     model.config.problem_type = "regression"
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     forget(model.config)

@@ -11,7 +11,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import jaxtyping
 
 
-jaxtyping.install_import_hook(["hfpg.ops", "hfpg.types", "hfpg.models"], "beartype.beartype")
+CHECKED = ("ops", "types", "models", "generation", "frozen", "token_local", "micro_batches", "compare", "learner")
+CHECKED += ("natural", "report.metrics")
+jaxtyping.install_import_hook([f"hfpg.{name}" for name in CHECKED], "beartype.beartype")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -113,6 +113,19 @@ def test_it_is_one_sentence_before_the_model_loads(name, tmp_path, monkeypatch):
         build.trainer(tmp_path / "run", **settings)
 
 
+def test_a_method_of_ones_own_without_its_settings(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        kl_coef: float = 0.0
+
+        def init(self, *_): ...
+
+        rewards = estimate = update = init
+
+    with pytest.raises(ConfigError, match=r"the algorithm Mine has no num_generations, value; a method says how many"):
+        build.trainer(tmp_path / "run", algorithm=Mine())
+
+
 @pytest.mark.parametrize("args", [{}, TrainingArguments(output_dir="run")], ids=["dict", "transformers"])
 def test_settings_of_another_kind(args):
     with pytest.raises(ConfigError, match=f"args is a {type(args).__name__}; give a hfpg.TrainConfig"):

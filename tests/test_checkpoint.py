@@ -478,6 +478,20 @@ def full_disk(monkeypatch, folder, times):
     monkeypatch.setattr(checkpoint_module, "save_actor_critic", save)
 
 
+def test_a_checkpoint_that_cannot_take_its_place_is_one_that_could_not_be_written(tmp_path, monkeypatch):
+    """The run tries again at the next step."""
+    plain, left = checkpoint_module.replace_folder, [1]
+
+    def replace(whole, target):
+        if left and left.pop():
+            raise OSError(5, "Input/output error")
+        plain(whole, target)
+
+    monkeypatch.setattr(checkpoint_module, "replace_folder", replace)
+    build.trainer(tmp_path, max_steps=3, save_steps=1).train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(tmp_path, monkeypatch, capsys):
     full_disk(monkeypatch, tmp_path, 2)
     build.trainer(tmp_path, max_steps=5, save_steps=2).train()

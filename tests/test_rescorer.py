@@ -103,6 +103,8 @@ def test_rounding_that_grows_with_the_log_probs_is_believed(tmp_path, monkeypatc
     for error in (2e-5, 2e-3):
         found = trainer.learner.gap(dataclasses.replace(samples, sampler_logprobs=far + error))
         assert found == pytest.approx(error / float(far.abs().max()), rel=0.1)
+    broken = torch.where(samples.completion_mask, torch.nan, far)
+    assert trainer.learner.gap(dataclasses.replace(samples, sampler_logprobs=broken)) == torch.inf, "NaN is no 0"
 
 
 @pytest.mark.parametrize(

@@ -493,7 +493,7 @@ def test_resuming_where_there_is_nothing_starts_fresh_and_says_so(tmp_path, caps
 
 def test_a_run_that_is_stuck_stops_and_says_why(tmp_path):
     trainer = build.trainer(tmp_path, reward=lambda completions, **k: [None] * len(completions), max_steps=9)
-    with pytest.raises(RuntimeError, match="three steps in a row changed nothing"):
+    with pytest.raises(RuntimeError, match="3 steps in a row changed nothing"):
         trainer.train()
     assert trainer.state.global_step == 3
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from hfpg.config import ConfigError, nearest, require
-from hfpg.fields import fits, in_words
+from hfpg.fields import first_line, fits, in_words
 from hfpg.generation.decoding import rung
 from hfpg.generation.loop import DecodeLoop
 from hfpg.generation.replay import Recorder
@@ -192,7 +192,7 @@ def check_options(options: dict[str, Any]) -> None:
     try:
         GenerationConfig(**options)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"generation_kwargs={options!r:.80}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"generation_kwargs={options!r:.80}: {first_line(error)}") from error
 
 
 def _refuse_option(name: str) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from hfpg.fields import first_line
 from hfpg.generation.decoding import Decoding
 from hfpg.generation.stock import Finished, KeyedSampler
 from hfpg.linear import half_linears
@@ -159,7 +160,7 @@ class ReplayedDecoding(Decoding):
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            return f"{type(error).__name__}: {first_line(error)}"
+            return first_line(error)
         most = COARSE if self.layers[0].dtype.itemsize < 4 else TOLERANCE
         return None if found <= most else f"by {found:.2g} of the largest logit, more than {most}"
 
@@ -223,11 +224,6 @@ def differ(a: Tensor, b: Tensor) -> float:
     inside = (a.abs() < MASKED) | (b.abs() < MASKED)
     a, b = torch.where(inside, a, 0), torch.where(inside, b, 0)
     return float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, shortly."""
-    return (str(error).splitlines() or [""])[0]
 
 
 @contextlib.contextmanager

@@ -136,15 +136,13 @@ def _title(facts: CardFacts) -> str:
 def _quick_start(facts: CardFacts) -> str:
     first = "import hfpg  # its architecture is hfpg's\n" if facts.needs_hfpg else ""
     branch = f", revision={_literal(facts.revision)}" if facts.revision else ""
-    call = 'generator("The movie was", max_new_tokens=32)[0]["generated_text"]'
+    prompt, answer = '"The movie was"', ""
     if facts.is_chat:
-        call = (
-            'generator([{"role": "user", "content": "Hello!"}], max_new_tokens=32)[0]["generated_text"][-1]["content"]'
-        )
+        prompt, answer = '[{"role": "user", "content": "Hello!"}]', '[-1]["content"]'
     code = f"""{first}from transformers import pipeline
 
 generator = pipeline("text-generation", model={_literal(facts.model_name)}{branch})
-print({call})"""
+print(generator({prompt}, max_new_tokens=32)[0]["generated_text"]{answer})"""
     return f"## Quick start\n\n{_fenced('python', code)}"
 
 

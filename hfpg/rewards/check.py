@@ -19,8 +19,7 @@ from torch import Tensor
 from hfpg.ops.baselines import equal_in_group
 from hfpg.ops.masked import correlation, row_mean, row_std
 from hfpg.rewards.judge import Judge, alike
-from hfpg.rewards.rules import message_text, text_of
-from hfpg.types import Text
+from hfpg.types import Text, plain_text, text_of
 
 
 STRONG = 0.7  # |correlation| from which a judge looks like a measure of something else
@@ -154,7 +153,7 @@ def _tricks(
     keywords = " ".join(word for word, _ in words.most_common(3)) or "good"
     tried = {
         "an empty text": [""] * len(prompts),
-        "the prompt again": [p if isinstance(p, str) else message_text(p[-1]) for p in prompts],
+        "the prompt again": [plain_text(p) for p in prompts],
         f"{keywords!r}, repeated": [" ".join([keywords] * 8)] * len(prompts),
     }
     found: dict[str, float | None] = {}

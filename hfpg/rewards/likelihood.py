@@ -23,8 +23,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.ops.logprobs import chosen_logprobs
 from hfpg.rewards.model_judge import ModelJudge, in_batches
-from hfpg.rewards.rules import message_text, optional, text_of
-from hfpg.types import Text, ends_in_answer
+from hfpg.rewards.rules import optional
+from hfpg.types import Text, ends_in_answer, plain_text, text_of
 
 
 class Row(NamedTuple):
@@ -228,7 +228,7 @@ class Relevance(ModelJudge):
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
         """One similarity per completion; None: one of the two is empty."""
-        pairs = [(_last(p), _last(c)) for p, c in zip(prompts, completions, strict=True)]
+        pairs = [(plain_text(p), plain_text(c)) for p, c in zip(prompts, completions, strict=True)]
         texts = list(dict.fromkeys(text for pair in pairs for text in pair if text.strip()))
         vectors = dict(zip(texts, self._embed(texts), strict=True))
 
@@ -259,9 +259,3 @@ class Relevance(ModelJudge):
                 for n, vector in zip(batch, pooled, strict=True):
                     vectors[kept[n]] = vector
         return vectors
-
-
-def _last(text: Text) -> str:
-    if isinstance(text, str):
-        return text
-    return message_text(text[-1]) if text else ""

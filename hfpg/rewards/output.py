@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hfpg.rewards.rules import text_of
-from hfpg.types import Text
+from hfpg.types import Text, text_of
 
 
 LARGEST_SCORE = torch.finfo(torch.float32).max

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfpg.config import ConfigError, nearest, require
-from hfpg.types import Text
+from hfpg.types import Text, text_of
 
 
 TRIED = 20  # rows whose right answer is scored when a task is made
@@ -29,7 +29,7 @@ class ReasoningReward:
         return [self._score(text, row) for text, row in zip(completions, entry, strict=True)]
 
     def _score(self, completion: Text, row: str) -> float | None:
-        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+        text = text_of(completion)
         item = from_json(row)
         if not isinstance(item, dict) or "metadata" not in item:
             return None

@@ -26,26 +26,11 @@ import regex  # type: ignore[import-untyped]  # transformers' own dependency: as
 from hfpg.config import ConfigError, require
 from hfpg.rewards.gold import gold_text
 from hfpg.rewards.json_schema import schema_checker
-from hfpg.types import Text
+from hfpg.types import Text, text_of
 
 
 Rule = Callable[..., list[float | None]]
 """A reward function: called with keywords, it gives one score per completion, None where it cannot judge."""
-
-
-def text_of(text: Text) -> str:
-    """What was written: a string itself; of a conversation, the text of all messages of the assistant."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(message_text(m) for m in text if m.get("role", "assistant") == "assistant")
-
-
-def message_text(message: Mapping[str, Any]) -> str:
-    """The text of one message, whose content is a string or a list of parts."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content if part.get("type") == "text")
 
 
 def optional(module: str, package: str, extra: str, what: str) -> Any:

@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from hfpg.config import ConfigError, require
 from hfpg.rewards.output import RewardError
-from hfpg.rewards.rules import Rule, column_of, named, text_of, written
-from hfpg.types import Text
+from hfpg.rewards.rules import Rule, column_of, named, written
+from hfpg.types import Text, text_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,7 +149,7 @@ def test_where_recording_fails_steps_are_taken_one_by_one(monkeypatch: pytest.Mo
             assert recorder.record(lambda: None, "GPT2LMHeadModel", torch.device("cuda", 0)) is None
     assert len(tried) == 1, "and is not tried again"
     assert "launched one by one, which takes longer: a step of GPT2LMHeadModel cannot be recorded" in caplog.text
-    assert "(operation not permitted when stream is capturing)" in caplog.text and "more" not in caplog.messages[-1]
+    assert "(RuntimeError: operation not permitted when stream is capturing)" in caplog.text and "more" not in caplog.messages[-1]
 
 
 def test_where_memory_is_short_what_torch_keeps_is_given_back_first(monkeypatch: pytest.MonkeyPatch):

@@ -330,6 +330,6 @@ def test_stop_constant_goes_on_while_any_function_that_scores_tells_apart(tmp_pa
 
 def test_a_run_in_which_nothing_is_scored_ends_by_a_guard_too(tmp_path):
     trainer = build.trainer(tmp_path, reward=lambda completions: [None] * len(completions), max_steps=9)
-    with pytest.raises(GuardStop, match="three steps in a row changed nothing"):
+    with pytest.raises(GuardStop, match="3 steps in a row changed nothing"):
         trainer.train()
     assert (tmp_path / "checkpoint-3" / "hfpg_state.json").is_file()

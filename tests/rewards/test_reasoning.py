@@ -52,6 +52,8 @@ def test_the_right_answer_scores_one_behind_the_marker_or_alone():
     assert all(s < 1 for s in reward(completions=["no idea"] * 4, entry=entries))
     talk = [[{"role": "assistant", "content": f"#### {a}"}] for a in right]
     assert reward(completions=talk, entry=entries) == [1.0] * 4
+    parts = [[{"role": "assistant", "content": [{"type": "text", "text": f"#### {a}"}]}] for a in right]
+    assert reward(completions=parts, entry=entries) == [1.0] * 4
     assert reward(completions=["1"], entry=['{"question": "?"}']) == [None]
 
 

@@ -25,9 +25,9 @@ from hfpg.rewards.rules import (
     repetition_penalty,
     sentiment_lexicon,
     soft_overlong,
-    text_of,
     think_format,
 )
+from hfpg.types import plain_text, text_of
 
 
 def says(content: Any) -> list[dict[str, Any]]:
@@ -411,6 +411,8 @@ def test_without_the_lexicon_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_of_a_conversation_the_assistants_words_are_read():
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     turns = [*says(parts), {"role": "tool", "content": "t"}, {"role": "assistant", "content": None}, *says("c")]
+    assert plain_text([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]) == "Hi"
+    assert plain_text([]) == "" and plain_text("x") == "x"
     assert text_of(turns) == "ab\n\nc" and text_of("x") == "x" and text_of([]) == ""
 
 
