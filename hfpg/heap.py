@@ -2,7 +2,7 @@
 
 By default glibc returns the top of the heap, and every block above its mmap threshold, to the system as soon as they
 are free, and the next micro-batch pays for fresh pages: 3 to 13 % of a step of GPT-2 small, a sixth of one of
-SmolLM2-135M (docs/performance.md). The peak is that of before.
+SmolLM2-135M (docs/performance.md). Peak memory does not grow.
 """
 
 from __future__ import annotations
