@@ -11,8 +11,8 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import jaxtyping
 
 
-CHECKED = ("ops", "types", "models", "generation", "frozen", "token_local", "micro_batches", "compare", "learner")
-CHECKED += ("natural", "report.metrics")
+CHECKED = ("ops", "types", "models", "frozen", "token_local", "micro_batches", "compare", "learner", "natural")
+CHECKED += ("report.metrics", *(f"generation.{name}" for name in ("decoding", "loop", "replay", "slab", "stock")))
 jaxtyping.install_import_hook([f"hfpg.{name}" for name in CHECKED], "beartype.beartype")
 
 import pytest  # noqa: E402

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig, StopStringCriteria
 
 from hfpg.generation import loop, replay
 from hfpg.generation.replay import PATIENCE, WINDOW, Recorder, ReplayedDecoding, differ, stands_still
@@ -229,22 +230,16 @@ def test_nothing_of_a_call_outlives_it(steps):
             gc.enable()
 
 
-def test_only_on_a_gpu_and_with_a_mask_and_without_strings():
-    class Model:
-        device, config = torch.device("cuda", 0), type("Config", (), {"_attn_implementation": "sdpa"})
-
-    class Options:
-        disable_compile = False
-
-    stop = Finished(1, 1, [0], None)
-    assert stands_still(Model(), stop, Options())
-    Options.disable_compile = True
-    assert not stands_still(Model(), stop, Options()), "generation_kwargs={'disable_compile': True}"
-    Options.disable_compile = False
-    assert not stands_still(Model(), Finished(1, 1, [0], object()), Options())
-    Model.config._attn_implementation = "eager"
-    assert not stands_still(Model(), stop, Options())
-    assert not stands_still(build("gpt2"), stop, Options()), "on a CPU"
+def test_only_on_a_gpu_and_with_a_mask_and_without_strings(monkeypatch: pytest.MonkeyPatch):
+    model, options, stop = build("gpt2"), GenerationConfig(), Finished(1, 1, [0], None)
+    assert not stands_still(model, stop, options), "on a CPU"
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    assert stands_still(model, stop, options)
+    assert not stands_still(model, stop, GenerationConfig(disable_compile=True))
+    texts = StopStringCriteria(tiny.byte_tokenizer(), ["."])
+    assert not stands_still(model, Finished(1, 1, [0], texts), options)
+    monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    assert not stands_still(model, stop, options)
 
 
 def test_the_difference_is_relative():
