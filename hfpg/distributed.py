@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch.nn.parallel import DistributedDataParallel
 
 from hfpg.config import TrainConfig, require
-from hfpg.heap import keep_freed_memory
+from hfpg.fast.heap import keep_freed_memory
 from hfpg.types import Rollout, join
 
 
@@ -29,7 +29,7 @@ def launch(args: TrainConfig) -> Accelerator:
 
     `accelerate launch` exports OMP_NUM_THREADS=1 for one CPU process, which leaves the other cores idle: here a
     process takes its share of the cores unless `torch_threads` says otherwise. Training on a CPU it also keeps the
-    memory that it frees (hfpg/heap.py).
+    memory that it frees (hfpg/fast/heap.py).
 
     Raises:
         ConfigError: launched as several processes of which Accelerate sees one (each would train alone, over the

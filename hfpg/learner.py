@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from hfpg.config import TrainConfig, require
-from hfpg.linear import own_products
+from hfpg.fast.direct import adding_to, keeping_blocks
+from hfpg.fast.linear import own_products
+from hfpg.fast.packing import MORE, packed_batches, positions_of
 from hfpg.micro_batches import R, balance, clip_columns, micro_batches, model_inputs, trim
 from hfpg.models import ActorCritic, Reference
-from hfpg.ops.direct import adding_to, keeping_blocks
 from hfpg.ops.keyed import permutation
 from hfpg.ops.masked import Aggregation, extent, token_coefficients
-from hfpg.ops.packing import MORE, packed_batches, positions_of
 from hfpg.pretrained import causal_lm
 from hfpg.token_local import Slopes
 from hfpg.types import Estimates, Rollout, Samples, Scored, TokenLoss

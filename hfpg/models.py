@@ -21,12 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import cached_file
 
 from hfpg.config import no_progress_bar, require
+from hfpg.fast.direct import is_direct, look_up
+from hfpg.fast.head import SlopesOf, head_scores
+from hfpg.fast.linear import own_products, precise_head
+from hfpg.fast.packing import Layout, packed, padded
+from hfpg.fast.parked import ParkedCopy
 from hfpg.frozen import skipping, states_below
 from hfpg.integrity import weight_sum
-from hfpg.linear import own_products, precise_head
 from hfpg.lstm import LSTMConfig, LSTMForCausalLM, LSTMModel  # noqa: F401  (registers them with transformers)
-from hfpg.ops.direct import is_direct, look_up
-from hfpg.ops.head import SlopesOf, head_scores
 from hfpg.ops.kl import full as full_kl
 from hfpg.ops.logprobs import (
     chosen_logprobs,
@@ -36,8 +38,6 @@ from hfpg.ops.logprobs import (
     sampling_logits,
     score_in_chunks,
 )
-from hfpg.ops.packing import Layout, packed, padded
-from hfpg.parked import ParkedCopy
 from hfpg.pretrained import causal_lm, is_peft, load_policy, load_pretrained
 from hfpg.probes import (
     captured_head_input,
@@ -374,7 +374,7 @@ class Reference:
 
     With an adapter that does nothing yet, the policy itself with the adapter switched off (no second model in
     memory); otherwise a frozen copy, or the `ref_model` given; its weights are in a file of `folder` if that is given
-    (see `hfpg.parked`).
+    (see `hfpg.fast.parked`).
     """
 
     def __init__(self, actor: ActorCritic, ref_model: Any = None, folder: Path | None = None):

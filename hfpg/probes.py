@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from hfpg.config import ConfigError, require
+from hfpg.fast.packing import packed, padded
 from hfpg.frozen import frozen_layers, input_embeddings, learns_below, resumes
-from hfpg.ops.packing import packed, padded
 from hfpg.pretrained import causal_lm
 from hfpg.text_config import WINDOWS, has_window, possible_windows, text_config
 

@@ -20,12 +20,12 @@ from hfpg.config import TrainConfig, require
 from hfpg.data import PromptData, step_ends
 from hfpg.distributed import launch, raise_together, same_everywhere
 from hfpg.events import Events
+from hfpg.fast.kernels import check_liger, use_liger
 from hfpg.files import in_place_of
 from hfpg.frozen import freeze_below
 from hfpg.generation.hf import HFGenerator
 from hfpg.guards import Guards
 from hfpg.interrupt import Interrupt
-from hfpg.kernels import check_liger, use_liger
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
 from hfpg.origin import origin

@@ -7,8 +7,9 @@ Every field of PPO and TrainConfig is a flag (`--help`), and `--config FILE.yaml
 Judge A, a small classifier trained on human ratings, gives the reward. Judge B, with other features and other
 training sentences, only watches.
 
-Measured (2026-12-01, two CPU cores, seed 42, 1 minute; slower where they are shared), embedded model, 256 held-out prompts, before → after 75
-steps: judge A .13 → 1.14, judge B .06 → .75, KL 3.59 nats per completion. Five seeds: docs/quickstart.md.
+Measured (2026-12-01, two CPU cores, seed 42, 1 minute; slower where they are shared), embedded model, 256 held-out
+prompts, before → after 75 steps: judge A .13 → 1.14, judge B .06 → .75, KL 3.59 nats per completion. Five seeds:
+docs/quickstart.md.
 """
 
 from dataclasses import dataclass

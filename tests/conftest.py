@@ -11,7 +11,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import jaxtyping
 
 
-CHECKED = ("ops", "types", "models", "frozen", "token_local", "micro_batches", "compare", "learner", "natural")
+CHECKED = ("ops", "fast", "types", "models", "frozen", "token_local", "micro_batches", "compare", "learner", "natural")
 CHECKED += ("report.metrics", *(f"generation.{name}" for name in ("decoding", "loop", "replay", "slab", "stock")))
 jaxtyping.install_import_hook([f"hfpg.{name}" for name in CHECKED], "beartype.beartype")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hfpg.ops.product import available
+from hfpg.fast.product import available
 from tests.benchmarks import hfpg_side, step, table, trl_side
 from tests.benchmarks.figures import ratios, rounded, said, summary
 from tests.benchmarks.floor import Rates, Weights, fastest, floor, matrix_weights, product_rate, products

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 
 from hfpg.algorithms import GRPO, PPO
 from hfpg.config import TrainConfig
+from hfpg.fast.linear import own_products
 from hfpg.learner import parameter_groups
-from hfpg.linear import own_products
 from hfpg.micro_batches import balance, micro_batches, model_inputs
 from hfpg.models import ActorCritic
 from hfpg.ops.keyed import permutation

@@ -30,7 +30,7 @@ def cache_of(inputs: dict[str, Any]) -> Any:
     return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
 
 
-def rung(rows: int) -> int:
+def decode_rows(rows: int) -> int:
     """What so many rows are made up to: two sizes per factor of two, eight where there are many.
 
     oneDNN prepares and keeps something for each.
@@ -99,8 +99,8 @@ class Decoding:
             alive = self._alive(tokens, step - 1)
             if alive == 0 or step == self.longest:
                 break
-            if rung(alive) < len(tokens):
-                tokens = self._drop(tokens, rung(alive))
+            if decode_rows(alive) < len(tokens):
+                tokens = self._drop(tokens, decode_rows(alive))
             self.positions += 1
             mask = None if self.mask is None else self.mask[:, : self.width + step]
             tokens = self._draw(*self._forward(tokens[:, None], self.positions, mask), step)

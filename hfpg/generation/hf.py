@@ -25,12 +25,12 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from hfpg.config import ConfigError, nearest, require
+from hfpg.fast.linear import onednn_linears, precise_head
 from hfpg.fields import first_line, fits, in_words
-from hfpg.generation.decoding import rung
+from hfpg.generation.decoding import decode_rows
+from hfpg.generation.graphs import Recorder
 from hfpg.generation.loop import DecodeLoop
-from hfpg.generation.replay import Recorder
 from hfpg.generation.stock import Finished, KeyedSampler
-from hfpg.linear import onednn_linears, precise_head
 from hfpg.pretrained import causal_lm
 from hfpg.probes import captured_head_input
 from hfpg.types import Prompts, Samples, join
@@ -104,7 +104,7 @@ class HFGenerator:
         lengths = prompts.mask.sum(1)
         order = lengths.argsort(stable=True)  # prompts of similar length into one call: little padding
         calls = self._calls(lengths[order].tolist(), prompts.group_ids[order].tolist(), most_rows(lm, len(prompts)))
-        with onednn_linears(lm, rung) if self.own_loop else nullcontext(), precise_head(lm):
+        with onednn_linears(lm, decode_rows) if self.own_loop else nullcontext(), precise_head(lm):
             parts = [self._generate(lm, narrowest(prompts.take(order[call])), greedy) for call in calls]
         samples = join(parts).take(order.argsort())
         return dataclasses.replace(samples, prompt_ids=prompts.ids, prompt_mask=prompts.mask)
@@ -215,8 +215,8 @@ def _refuse_option(name: str) -> None:
 def most_rows(lm: PreTrainedModel, rows: int) -> int:
     """Rows of one call, so that calls are of even size and a step's logits stay in memory that is used again.
 
-    On the CPU, glibc hands blocks above 32 MB back to the system, and fresh pages are slow, unless `hfpg.heap` says
-    otherwise. Matrix products want 64 rows all the same.
+    On the CPU, glibc hands blocks above 32 MB back to the system, and fresh pages are slow, unless `hfpg.fast.heap`
+    says otherwise. Matrix products want 64 rows all the same.
     """
     most = LOGITS if lm.device.type == "cpu" else GPU_LOGITS
     limit = max(64, most // (4 * lm.get_input_embeddings().weight.shape[0]))

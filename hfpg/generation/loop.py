@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from hfpg.generation.decoding import CACHES, Decoding, cache_of
-from hfpg.generation.replay import Recorder, ReplayedDecoding, stands_still
+from hfpg.generation.graphs import Recorder, ReplayedDecoding, stands_still
 from hfpg.generation.stock import Finished, KeyedSampler
 
 

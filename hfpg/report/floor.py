@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hfpg.fast.product import product
 from hfpg.models import ActorCritic
-from hfpg.ops.product import product
 from hfpg.pretrained import causal_lm
 from hfpg.types import Rollout
 

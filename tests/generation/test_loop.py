@@ -287,15 +287,15 @@ def test_finished_rows_are_not_computed():
     assert len(steps) == int(lengths.max()) - 1
     for step, rows in enumerate(steps, start=1):
         live = int((lengths > step).sum())
-        assert live <= rows <= decoding.rung(live)
+        assert live <= rows <= decoding.decode_rows(live)
     assert sum(steps) < 0.8 * len(samples) * len(steps)
 
 
-def test_rungs_are_few_and_close():
-    sizes = {decoding.rung(rows) for rows in range(1, 1025)}
-    assert all(rows <= decoding.rung(rows) <= max(rows + 3, 1.5 * rows) for rows in range(1, 1025))
-    assert len([size for size in sizes if size <= decoding.MANY]) < 18 and decoding.rung(1) == 1
-    assert all(decoding.rung(rows) <= 1.125 * rows + 1 for rows in range(decoding.MANY + 1, 5000))
+def test_sizes_are_few_and_close():
+    sizes = {decoding.decode_rows(rows) for rows in range(1, 1025)}
+    assert all(rows <= decoding.decode_rows(rows) <= max(rows + 3, 1.5 * rows) for rows in range(1, 1025))
+    assert len([size for size in sizes if size <= decoding.MANY]) < 18 and decoding.decode_rows(1) == 1
+    assert all(decoding.decode_rows(rows) <= 1.125 * rows + 1 for rows in range(decoding.MANY + 1, 5000))
 
 
 @pytest.mark.parametrize("budget", [1, 60, 200, 10_000])

@@ -17,13 +17,13 @@ from peft import LoraConfig, get_peft_model
 from hfpg import TrainConfig
 from hfpg.algorithms import GRPO, PPO, RLOO
 from hfpg.data import PromptData
+from hfpg.fast.head import head_scores
+from hfpg.fast.kernels import use_liger
+from hfpg.fast.packing import packed
+from hfpg.generation.graphs import ReplayedDecoding, record
 from hfpg.generation.hf import HFGenerator
-from hfpg.generation.replay import ReplayedDecoding, record
-from hfpg.kernels import use_liger
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference
-from hfpg.ops.head import head_scores
-from hfpg.ops.packing import packed
 from hfpg.types import Rollout, Samples
 from tests import build, tiny
 

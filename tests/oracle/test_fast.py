@@ -10,9 +10,9 @@ import functools
 
 import pytest
 
+from hfpg.fast import head
+from hfpg.fast.packing import packed
 from hfpg.models import ActorCritic
-from hfpg.ops import head
-from hfpg.ops.packing import packed
 from hfpg.token_local import Slopes
 from tests.oracle import test_exact, test_groups
 from tests.oracle.world import VOCABULARY, World

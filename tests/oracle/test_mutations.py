@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from hfpg.fast import head
 from hfpg.learner import Learner
-from hfpg.ops import baselines, head, masked, objectives, returns
+from hfpg.ops import baselines, masked, objectives, returns
 from hfpg.ops.kl import k3
 from tests.oracle import test_exact, test_groups, test_kl, test_trl
 

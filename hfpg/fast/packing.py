@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hfpg.fast.product import rung
 from hfpg.ops.masked import extent
-from hfpg.ops.product import rung
 
 
 MULTIPLE = 16  # of which the length of packed rows is one

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 
 from hfpg.algorithms import CISPO, DAPO, GRPO, GSPO, PPO, RLOO, Reinforce, ReinforcePlusPlus
 from hfpg.data import PromptData
+from hfpg.fast import head
+from hfpg.fast.packing import packed, packed_batches
 from hfpg.generation.hf import HFGenerator
 from hfpg.learner import Learner
 from hfpg.models import ActorCritic, Reference
-from hfpg.ops import head
-from hfpg.ops.packing import packed, packed_batches
 from hfpg.text_config import possible_windows
 from hfpg.token_local import Slopes
 from hfpg.types import Estimates, Samples, TokenLoss

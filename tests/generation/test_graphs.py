@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, StopStringCriteria
 
-from hfpg.generation import loop, replay
-from hfpg.generation.replay import PATIENCE, WINDOW, Recorder, ReplayedDecoding, differ, stands_still
+from hfpg.generation import graphs, loop
+from hfpg.generation.graphs import PATIENCE, WINDOW, Recorder, ReplayedDecoding, differ, stands_still
 from hfpg.generation.slab import SlabLayer
 from hfpg.generation.stock import Finished
 from hfpg.models import ActorCritic
@@ -142,7 +142,7 @@ def test_where_recording_fails_steps_are_taken_one_by_one(monkeypatch: pytest.Mo
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(replay, "record", refused)
+    monkeypatch.setattr(graphs, "record", refused)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     recorder = Recorder()
     with caplog.at_level(logging.INFO):
@@ -150,7 +150,10 @@ def test_where_recording_fails_steps_are_taken_one_by_one(monkeypatch: pytest.Mo
             assert recorder.record(lambda: None, "GPT2LMHeadModel", torch.device("cuda", 0)) is None
     assert len(tried) == 1, "and is not tried again"
     assert "launched one by one, which takes longer: a step of GPT2LMHeadModel cannot be recorded" in caplog.text
-    assert "(RuntimeError: operation not permitted when stream is capturing)" in caplog.text and "more" not in caplog.messages[-1]
+    assert (
+        "(RuntimeError: operation not permitted when stream is capturing)" in caplog.text
+        and "more" not in caplog.messages[-1]
+    )
 
 
 def test_where_memory_is_short_what_torch_keeps_is_given_back_first(monkeypatch: pytest.MonkeyPatch):
@@ -162,7 +165,7 @@ def test_where_memory_is_short_what_torch_keeps_is_given_back_first(monkeypatch:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return len
 
-    monkeypatch.setattr(replay, "record", short)
+    monkeypatch.setattr(graphs, "record", short)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
     assert Recorder().record(lambda: None, "x", torch.device("cuda", 0)) is len

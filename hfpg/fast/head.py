@@ -17,10 +17,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hfpg.ops.direct import gradient_of, is_direct
+from hfpg.fast.direct import gradient_of, is_direct
+from hfpg.fast.product import add_product, inner_product, product, tf32
 from hfpg.ops.keyed import NEVER
 from hfpg.ops.logprobs import unpack_bits
-from hfpg.ops.product import add_product, inner_product, product, tf32
 
 
 CHUNK_BYTES = 8 << 20  # of logits made at a time, all chunks of one size: blocks of many sizes fragment the heap

@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hfpg import parked
 from hfpg.algorithms import PPO
+from hfpg.fast import parked
 from hfpg.frozen import freeze_below
 from hfpg.models import ActorCritic, Reference
 from hfpg.pretrained import load_policy
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_weights_in_memory(tmp_path, monkeypatch, caplog)
     actor = ActorCritic(tiny.model())
     samples = build.draw(actor)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with caplog.at_level("INFO", logger="hfpg.parked"):
+    with caplog.at_level("INFO", logger="hfpg.fast.parked"):
         reference = Reference(actor, folder=tmp_path)
     assert "stays in memory: OSError: [Errno 28]" in caplog.text
     assert torch.equal(reference.logprobs(**inputs(samples)), Reference(actor).logprobs(**inputs(samples)))
@@ -137,7 +137,7 @@ def test_checkpoints_come_first(tmp_path, monkeypatch, caplog):
     """A disk with room for the file and little else."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=600_000))
-    with caplog.at_level("INFO", logger="hfpg.parked"):
+    with caplog.at_level("INFO", logger="hfpg.fast.parked"):
         assert Reference(ActorCritic(tiny.model()), folder=tmp_path).copy.memory is None
     assert "600000 bytes are free, and 10 times the" in caplog.text
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hfpg.ops.product import FEWEST, linear, suits, tf32
+from hfpg.fast.product import FEWEST, linear, suits, tf32
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfpg.ops import head as module
-from hfpg.ops.head import head_scores
+from hfpg.fast import head as module
+from hfpg.fast.head import head_scores
 from hfpg.ops.logprobs import pack_bits, score_in_chunks
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hfpg import kernels, trainer
+from hfpg import trainer
 from hfpg.algorithms import PPO
 from hfpg.config import ConfigError
-from hfpg.kernels import NO_LOSS, check_liger, use_liger
+from hfpg.fast import kernels
+from hfpg.fast.kernels import NO_LOSS, check_liger, use_liger
 from tests import build, tiny
 
 

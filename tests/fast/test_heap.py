@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfpg import distributed, heap
+from hfpg import distributed
+from hfpg.fast import heap
 from tests import build
 
 
@@ -19,7 +20,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc
 
 FAULTS = """
 import resource, sys, torch
-from hfpg.heap import keep_freed_memory
+from hfpg.fast.heap import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

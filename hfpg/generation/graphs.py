@@ -19,10 +19,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from hfpg.fast.linear import half_linears
 from hfpg.fields import first_line
 from hfpg.generation.decoding import Decoding
 from hfpg.generation.stock import Finished, KeyedSampler
-from hfpg.linear import half_linears
 from hfpg.text_config import text_config
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hfpg.linear import onednn_linears
-from hfpg.ops import product
+from hfpg.fast import product
+from hfpg.fast.linear import onednn_linears
 from tests import tiny
 from tests.generation.test_loop import RAGGED, assert_same, draw, prompts
 

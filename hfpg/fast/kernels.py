@@ -1,6 +1,6 @@
 """Fused norms, rotary embeddings and MLPs of liger-kernel (Hsu et al. 2024, arXiv:2410.10989) in a policy on a GPU.
 
-Its losses are not used: log-probabilities come from `hfpg.ops.head`.
+Its losses are not used: log-probabilities come from `hfpg.fast.head`.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hfpg.algorithms import PPO
+from hfpg.fast.direct import adding_to, is_direct, keeping_blocks, look_up
+from hfpg.fast.head import head_scores
 from hfpg.models import ActorCritic
-from hfpg.ops.direct import adding_to, is_direct, keeping_blocks, look_up
-from hfpg.ops.head import head_scores
 from tests import build, tiny
 
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from hfpg.ops.packing import MORE, Layout, arrange, fill, packed, packed_batches, padded, pieces, positions_of
+from hfpg.fast.packing import MORE, Layout, arrange, fill, packed, packed_batches, padded, pieces, positions_of
 
 
 def rows(prompts: list[int], completions: list[int], same: list[int]):
