@@ -23,9 +23,10 @@ from hfpg.config import ConfigError, no_progress_bar, require
 from hfpg.fields import resumed_from
 from hfpg.integrity import changed_file, file_sums, sealed, unsealed
 from hfpg.learner import Learner
-from hfpg.models import ActorCritic, load_value_head, save_actor_critic
+from hfpg.models import ActorCritic
 from hfpg.pretrained import is_peft
 from hfpg.replay import REPLAY_FILE, Replay
+from hfpg.saving import load_value_head, save_actor_critic
 
 
 FORMAT = 1

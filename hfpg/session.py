@@ -14,8 +14,8 @@ import torch
 from hfpg import preflight
 from hfpg.checkpoint import CheckpointError, checkpoints, find_checkpoint, set_aside, undamaged
 from hfpg.fields import resumed_from
-from hfpg.models import save_actor_critic
 from hfpg.resume import check_resumable, ended_early, go_on_from, write_checkpoint
+from hfpg.saving import save_actor_critic
 
 
 if TYPE_CHECKING:

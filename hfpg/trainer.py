@@ -27,7 +27,7 @@ from hfpg.generation.hf import HFGenerator
 from hfpg.guards import Guards
 from hfpg.interrupt import Interrupt
 from hfpg.learner import Learner
-from hfpg.models import ActorCritic, Reference, find_value_head, load_value_head, save_actor_critic
+from hfpg.models import ActorCritic, Reference
 from hfpg.origin import origin
 from hfpg.pretrained import base_of_adapter, causal_lm, is_peft, load_config, load_policy
 from hfpg.replay import Replay
@@ -43,6 +43,7 @@ from hfpg.rescorer import Rescorer
 from hfpg.resume import evaluation_due, write_checkpoint
 from hfpg.rewards import Judge
 from hfpg.rewards.judge import beside
+from hfpg.saving import find_value_head, load_value_head, save_actor_critic
 from hfpg.text_config import context_length
 from hfpg.types import Prompts, Rollout, Samples, Scores
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BartConfig, JambaConfig, Zamba2Co
 from hfpg.algorithms import PPO
 from hfpg.config import ConfigError
 from hfpg.frozen import freeze_below, frozen_layers, input_embeddings, layer_list
-from hfpg.models import ActorCritic, Reference, load_actor_critic, load_value_head, save_actor_critic
+from hfpg.models import ActorCritic, Reference
 from hfpg.ops.kl import full
+from hfpg.saving import load_actor_critic, load_value_head, save_actor_critic
 from tests import build, tiny
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 from hfpg import hub
 from hfpg.algorithms import PPO
-from hfpg.models import load_actor_critic
+from hfpg.saving import load_actor_critic
 from tests import build, tiny
 
 out, lora = sys.argv[1], sys.argv[2] == "lora"

@@ -23,11 +23,12 @@ from transformers import (
 )
 
 from hfpg.config import ConfigError
-from hfpg.models import ActorCritic, Reference, load_actor_critic, save_actor_critic
+from hfpg.models import ActorCritic, Reference
 from hfpg.ops.logprobs import pack_bits
 from hfpg.ops.masked import extent
 from hfpg.pretrained import load_policy
 from hfpg.probes import fuse_norms
+from hfpg.saving import load_actor_critic, save_actor_critic
 from tests import build, tiny
 
 

@@ -36,9 +36,9 @@ from hfpg.algorithms import (
     ReMax,
 )
 from hfpg.checkpoint import CheckpointError
-from hfpg.models import load_actor_critic
 from hfpg.ops.masked import row_mean
 from hfpg.report.card import loadable
+from hfpg.saving import load_actor_critic
 from tests import build, tiny
 
 

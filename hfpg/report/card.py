@@ -151,7 +151,7 @@ def _value_function(facts: CardFacts) -> str:
         return ""
     branch = f", revision={_literal(facts.revision)}" if facts.revision else ""
     code = f"""from hfpg.hub import pull
-from hfpg.models import load_actor_critic
+from hfpg.saving import load_actor_critic
 
 actor_critic = load_actor_critic(pull({_literal(facts.model_name)}{branch}))"""
     return f"""## Value function

@@ -11,8 +11,8 @@ import torch
 from hfpg import ConfigError, session
 from hfpg.algorithms import PPO, Reinforce
 from hfpg.config import GuardStop, one_sentence
-from hfpg.models import load_actor_critic
 from hfpg.report.watch import IN_A_ROW, Watch, constant, seen, standard_errors
+from hfpg.saving import load_actor_critic
 from tests import build, tiny
 
 
