@@ -37,6 +37,8 @@ from hfpg.ops.logprobs import (
 )
 from hfpg.pretrained import causal_lm, is_peft, load_pretrained
 from hfpg.probes import (
+    COMPLETION,
+    PROMPT,
     captured_head_input,
     chunked_head_agrees,
     fuse_activations,
@@ -90,14 +92,14 @@ class ActorCritic(nn.Module):
         self.value: ValueHead | None = None
         self.chunked_head = False
         with torch.no_grad():
-            batch = self._probe_batch()
-            refuse_non_causal(self, *batch)
-        self.chunked_head = chunked_head_agrees(self, *batch)
-        self.takes_embeddings = takes_embeddings(self, batch[0])
+            inputs = self.probe_inputs()
+            refuse_non_causal(self, inputs)
+        self.chunked_head = chunked_head_agrees(self, inputs)
+        self.takes_embeddings = takes_embeddings(self, inputs)
         self.packs = self.chunked_head and packing_agrees(self)
-        self.frozen_layers = layers_that_stand_still(self, batch[0])
+        self.frozen_layers = layers_that_stand_still(self, inputs)
         if value is not None:
-            width = head_input_width(self, *batch) if value == "shared" else trunk_width(self, batch[0])
+            width = head_input_width(self, inputs) if value == "shared" else trunk_width(self, inputs)
             trunk = copy.deepcopy(lm.base_model) if value == "separate" else None
             self.value = ValueHead(width, trunk).to(next(lm.parameters()).device)
         self.eval()
@@ -321,13 +323,14 @@ class ActorCritic(nn.Module):
 
     # ── what probes look at
 
-    def _probe_batch(self) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Two rows of six fixed tokens, the second left-padded by two; the last four are the completion."""
+    def probe_inputs(self) -> dict[str, Any]:
+        """Two rows of fixed tokens, the second left-padded by its whole prompt."""
         device = next(self.policy.parameters()).device
-        ids = (torch.arange(12, device=device).view(2, 6) * 7 + 3) % self.vocabulary
-        mask = torch.ones(2, 6, dtype=torch.bool, device=device)
-        mask[1, :2] = False
-        return self._inputs(padded(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])), ids[:, 2:], mask[:, 2:]
+        length = PROMPT + COMPLETION
+        ids = (torch.arange(2 * length, device=device).view(2, length) * 7 + 3) % self.vocabulary
+        mask = torch.ones(2, length, dtype=torch.bool, device=device)
+        mask[1, :PROMPT] = False
+        return self._inputs(padded(ids[:, :PROMPT], mask[:, :PROMPT], ids[:, PROMPT:], mask[:, PROMPT:]))
 
 
 def laid(layout: Layout, prompt_states: Tensor | None, completion_states: Tensor | None) -> Tensor | None:
@@ -398,7 +401,7 @@ class Reference:
     @staticmethod
     @torch.no_grad()
     def _adapter_is_inert(actor: ActorCritic) -> bool:
-        inputs, _, _ = actor._probe_batch()
+        inputs = actor.probe_inputs()
         lm = causal_lm(actor.policy)
         on = lm(**inputs).logits
         with actor.policy.disable_adapter():

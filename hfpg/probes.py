@@ -21,6 +21,7 @@ from hfpg.text_config import WINDOWS, has_window, possible_windows, text_config
 
 logger = logging.getLogger(__name__)
 
+PROMPT, COMPLETION = 2, 4  # tokens of a row that every model is looked at with
 PROBE_TOLERANCE = 1e-4  # relative; fp32 rounding between two orders of the same sums is some 1e-6
 LOUD = 64.0  # logits of a trained model; soft caps are at 20 to 50
 LOUDER_AT_MOST = 1e3  # times; half precision ends at 65504
@@ -32,13 +33,13 @@ def predicts(x: Tensor, completion_length: int) -> Tensor:
     return x[:, -completion_length - 1 : -1]
 
 
-def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> None:
+def refuse_non_causal(actor: Any, inputs: dict[str, Any]) -> None:
     """ConfigError for a model that gives NaN on padding, whose earlier logits move with the last token, or that reads
     its padding: prompts are padded on the left, and the padded row must be the row alone."""
     lm, changed = causal_lm(actor.policy), dict(inputs)
     changed["input_ids"] = inputs["input_ids"].clone()
     changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % actor.vocabulary
-    before, after = lm(**inputs).logits[:, 2:-1], lm(**changed).logits[:, 2:-1]
+    before, after = lm(**inputs).logits[:, PROMPT:-1], lm(**changed).logits[:, PROMPT:-1]
     require(
         not bool(before.isnan().any()),
         f"{type(lm).__name__} gives NaN on a left-padded batch in {before.dtype}; load it in another dtype or "
@@ -50,7 +51,7 @@ def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: 
         "cannot generate from left to right; use a decoder-only model such as 'gpt2' (BERT classes need "
         "is_decoder=True)",
     )
-    alone = {name: x[1:, 2:] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    alone = {name: x[1:, PROMPT:] if isinstance(x, Tensor) else x for name, x in inputs.items()}
     exact = all(p.dtype.itemsize >= 4 for p in lm.parameters()) and torch.get_float32_matmul_precision() == "highest"
     tolerance = PROBE_TOLERANCE if exact else COARSE_TOLERANCE
     require(
@@ -61,7 +62,7 @@ def refuse_non_causal(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: 
     )
 
 
-def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> bool:
+def chunked_head_agrees(actor: Any, inputs: dict[str, Any]) -> bool:
     """True if LM head ∘ trunk gives the model's own logits *and* the same gradient on a ragged batch.
 
     ConfigError for a model that gives no gradient in eval mode, in which everything is trained here.
@@ -75,8 +76,8 @@ def chunked_head_agrees(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask
     embedding.requires_grad_(True)
     try:
         with torch.enable_grad():
-            own = actor._model_logits(inputs, tokens.shape[1]).float()
-            hidden = predicts(trunk(**inputs).last_hidden_state, tokens.shape[1])
+            own = actor._model_logits(inputs, COMPLETION).float()
+            hidden = predicts(trunk(**inputs).last_hidden_state, COMPLETION)
             ours = head(hidden).float()
             target = torch.linspace(-1, 1, own.numel(), device=own.device).view_as(own)
             gradients = [torch.autograd.grad((x * target).sum(), embedding)[0] for x in (own, ours)]
@@ -179,10 +180,10 @@ def layers_that_stand_still(actor: Any, inputs: dict[str, Any]) -> int:
 
 
 @torch.no_grad()
-def head_input_width(actor: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor) -> int:
+def head_input_width(actor: Any, inputs: dict[str, Any]) -> int:
     """Width of what the LM head reads; ConfigError where no head can be found."""
     with captured_head_input(causal_lm(actor.policy)) as captured:
-        actor._model_logits(inputs, tokens.shape[1])
+        actor._model_logits(inputs, COMPLETION)
     require(
         len(captured) == 1,
         f"{type(causal_lm(actor.policy)).__name__} has no LM head that can be found (get_output_embeddings), so no "

@@ -410,44 +410,48 @@ class _Beside:
         self.thread.join(self.GRACE)
 
 
+def _named(function: RewardFunction, error: Exception | SystemExit) -> RewardError:
+    """What a function raised, with its name."""
+    if isinstance(error, RewardError):
+        return error  # it says already what is wrong
+    if isinstance(error, ConfigError):
+        return RewardError(f"reward function {function.name!r}: {error}")
+    made = RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {one_line(str(error))}")
+    made.__cause__ = error
+    return made
+
+
+def _run(function: RewardFunction, everything: dict[str, Any]) -> Any:
+    try:
+        return function.call(**function.arguments(everything))
+    except (Exception, SystemExit) as error:  # sys.exit in somebody's function would end the run unexplained
+        if getattr(error, "code", None) == 128 + signal.SIGTERM:  # not the function's own: the run ends
+            raise
+        return _named(function, error)
+
+
+async def _run_async(function: RewardFunction, everything: dict[str, Any]) -> Any:
+    try:
+        return await function.call(**function.arguments(everything))
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():  # it is the run that ends
+            raise
+        return _named(function, RuntimeError(f"a task that it awaits was cancelled {error}".strip()))
+    except (Exception, SystemExit) as error:
+        return _named(function, error)
+
+
 def _run_all(functions: Sequence[RewardFunction], everything: dict[str, Any]) -> list[Any]:
     """Every function's result, or the RewardError that it ended in, in order; the async ones run concurrently."""
 
-    def named(function: RewardFunction, error: Exception | SystemExit) -> RewardError:
-        if isinstance(error, RewardError):
-            return error  # it says already what is wrong
-        if isinstance(error, ConfigError):
-            return RewardError(f"reward function {function.name!r}: {error}")
-        made = RewardError(f"reward function {function.name!r} raised {type(error).__name__}: {one_line(str(error))}")
-        made.__cause__ = error
-        return made
-
-    async def one(function: RewardFunction) -> Any:
-        try:
-            return await function.call(**function.arguments(everything))
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():  # it is the run that ends
-                raise
-            return named(function, RuntimeError(f"a task that it awaits was cancelled {error}".strip()))
-        except (Exception, SystemExit) as error:  # sys.exit in somebody's function would end the run unexplained
-            return named(function, error)
-
     async def concurrently(waiting: Sequence[RewardFunction]) -> list[Any]:
-        return await asyncio.gather(*map(one, waiting))
+        return await asyncio.gather(*(_run_async(function, everything) for function in waiting))
 
     slow = [f for f in functions if f.is_async]
     beside = _Beside(concurrently(slow)) if slow else None
-    results: dict[str, Any] = {}
     try:
-        for function in functions:
-            if not function.is_async:
-                try:
-                    results[function.name] = function.call(**function.arguments(everything))
-                except (Exception, SystemExit) as error:
-                    if getattr(error, "code", None) == 128 + signal.SIGTERM:  # not the function's own: the run ends
-                        raise
-                    results[function.name] = named(function, error)
+        results = {f.name: _run(f, everything) for f in functions if not f.is_async}
         if beside is not None:
             results.update(zip((f.name for f in slow), beside.future.result(), strict=True))
     except BaseException:  # Ctrl-C does not wait for a judge that may take minutes
