@@ -51,7 +51,7 @@ MAY_CHANGE = {  # every other setting changes what is trained
         "save_total_limit",
         "push_to_hub",
     ),
-    *("hub_model_id", "hub_private_repo", "model_revision", "trust_remote_code"),
+    *("hub_model_id", "hub_private_repo", "hub_license", "hub_dataset", "model_revision", "trust_remote_code"),
     "reward_funcs",  # a judge that failed may be mended; the trainer says it
 }
 NAME = re.compile(r"checkpoint-(\d+)")

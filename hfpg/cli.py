@@ -28,7 +28,7 @@ from hfpg.algorithms import PRESETS
 from hfpg.arguments import VERBS
 from hfpg.config import ConfigError, TrainConfig, field, nearest, one_sentence, parse, require
 from hfpg.data import PromptData, decode_completions, load_prompts, step_ends
-from hfpg.files import read_rows
+from hfpg.files import on_hub, read_rows
 from hfpg.flags import peek, read_yaml
 from hfpg.generation.hf import HFGenerator
 from hfpg.preflight import dry_call, load_tokenizer
@@ -107,6 +107,7 @@ def train(argv: Sequence[str]) -> None:
         held_out: Any = Dataset.from_dict({"prompt": embedded.prompts("eval", script.eval_prompts)})
     else:
         train_data, held_out = load_prompts(script.dataset, script.eval_prompts)
+        args.hub_dataset = args.hub_dataset or on_hub(script.dataset)
     trainer = PolicyGradientTrainer(script.model, algorithm, script.reward, train_data, held_out, args)
     trainer.evaluate()
     trainer.train()

@@ -24,6 +24,7 @@ from hfpg.fields import (  # noqa: F401
     ConfigError,
     check_choices,
     check_numbers,
+    is_repo_id,
     nearest,
     refuse_unread,
     require,
@@ -148,6 +149,8 @@ class TrainConfig:
     push_to_hub: bool = field(False, "Push the tuned model to the Hub at the end (log in with `hf auth login`).")
     hub_model_id: str | None = field(None, "Repository to push to, as user/name.")
     hub_private_repo: bool | None = field(None, "Create the repository private.")
+    hub_license: str | None = field(None, "License that the card names, as the Hub writes it: apache-2.0, mit, …")
+    hub_dataset: str | None = field(None, "Data set of the Hub that the card names; default: the one of --dataset.")
 
     # the model
     model_revision: str = field("main", "Branch, tag or commit of the model on the Hub.")
@@ -220,6 +223,14 @@ class TrainConfig:
         require(
             not self.push_to_hub or self.hub_model_id is not None,
             "push_to_hub=True needs hub_model_id, such as 'me/gpt2-positive'",
+        )
+        require(  # the Hub would refuse the card, and with it the push
+            self.hub_license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.hub_license)),
+            f"hub_license={self.hub_license!r} is no identifier of a license; write it as the Hub does: 'apache-2.0'",
+        )
+        require(
+            self.hub_dataset is None or is_repo_id(self.hub_dataset),
+            f"hub_dataset={self.hub_dataset!r} is no name of a data set of the Hub, such as 'stanfordnlp/imdb'",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message holds the value seen, the rule broken and a value that works."""
@@ -22,6 +25,15 @@ def require(holds: bool, message: str) -> None:
     """Raise ConfigError(message) unless the rule holds."""
     if not holds:
         raise ConfigError(message)
+
+
+def is_repo_id(name: str | None) -> bool:
+    """Whether a repository of the Hub may be called so."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None
 
 
 def check_choices(settings: Any) -> None:

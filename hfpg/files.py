@@ -20,6 +20,12 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 """Files by the end of their name → what of `datasets` reads them. A line of a .txt file is a prompt."""
 
 
+def on_hub(source: str | None) -> str | None:
+    """The name of a data set of the Hub; None for a file or a folder."""
+    local = source is None or Path(source).exists() or Path(source.lower().removesuffix(".gz")).suffix in READERS
+    return None if local else source
+
+
 def read_rows(source: str) -> Any:
     """All rows of a Hub data set (its split "train"), a folder or a file, as a `datasets.Dataset`.
 

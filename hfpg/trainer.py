@@ -361,6 +361,8 @@ class PolicyGradientTrainer:
                 rewards=[n for n, w in zip(self.judge.names, self.judge.weights, strict=True) if w],
                 steps=self.state.global_step,
                 seed=self.args.seed,
+                dataset=self.args.hub_dataset,
+                license=self.args.hub_license,
                 metrics={name: (first[name], last[name]) for name in last if name in first},
                 eval_prompts=None if self.eval_data is None else len(self.eval_data),
                 config=self.args.to_dict(),

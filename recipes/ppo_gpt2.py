@@ -21,6 +21,7 @@ from hfpg import PolicyGradientTrainer, TrainConfig, embedded
 from hfpg.algorithms import PPO
 from hfpg.config import field, one_sentence, parse
 from hfpg.data import load_prompts
+from hfpg.files import on_hub
 
 
 @dataclass
@@ -60,6 +61,7 @@ def main() -> None:
     if script.dataset is None:  # judge B knows film reviews only
         rewards.append(embedded.judge_b)
         args.reward_weights = args.reward_weights or [1.0, 0.0]
+    args.hub_dataset = args.hub_dataset or on_hub(script.dataset)  # for the card
     trainer = PolicyGradientTrainer(script.model, ppo, rewards, train, held_out, args)
     if script.model == embedded.MODEL:
         trainer.terminal.say(f"model: {embedded.NAME}, embedded in hfpg (--model gpt2 trains a checkpoint of the Hub)")

@@ -128,6 +128,29 @@ def test_it_trains(name, tmp_path):
     assert f"\n{again}" in card and "--run_name 'my run'\n" in card
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--dataset", "me/prompts"], "me/prompts"),
+        (["--dataset", "me/prompts", "--hub_dataset", "me/others"], "me/others"),
+        (["--dataset", "prompts.jsonl"], None),
+        ([], None),
+    ],
+)
+def test_the_card_will_name_a_data_set_of_the_hub(flags, named, monkeypatch):
+    class Ready(Exception):
+        pass
+
+    def trainer(*given):
+        raise Ready(given[-1].hub_dataset)
+
+    monkeypatch.setattr(cli, "load_prompts", lambda source, held_out: ([], []))
+    monkeypatch.setattr(cli, "PolicyGradientTrainer", trainer)
+    with pytest.raises(Ready) as ready:
+        cli.train(["--algorithm", "rloo", *flags])
+    assert ready.value.args == (named,)
+
+
 def test_a_judge_that_fails_on_a_completion_is_one_sentence(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "It is"}\n' * 3)  # few: nothing is held out
     (tmp_path / "judge.py").write_text(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import (
@@ -200,6 +201,12 @@ def test_conversations_train(tmp_path):
     assert seen[-1][0]["role"] == "assistant"
     assert 'generator([{"role": "user", "content": "Hello!"}]' in trainer.model_card()
     assert 'generator("The movie was"' in build.trainer(tmp_path / "texts").model_card()
+
+
+def test_the_card_names_license_and_data_set(tmp_path):
+    trainer = build.trainer(tmp_path, hub_license="apache-2.0", hub_dataset="stanfordnlp/imdb")
+    front = ModelCard(trainer.model_card()).data.to_dict()
+    assert (front["license"], front["datasets"]) == ("apache-2.0", ["stanfordnlp/imdb"])
 
 
 def test_trackers_of_accelerate_get_the_metrics(tmp_path):

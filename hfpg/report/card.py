@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+
+from hfpg.fields import is_repo_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class CardFacts:
         algorithm: name of the algorithm, such as "PPO".
         algorithm_fields: its hyperparameters.
         rewards: names of the reward functions.
-        dataset: name of the data set of prompts.
+        dataset: Hub id of the data set of prompts.
         steps: steps trained.
         seed: seed of the run.
         metrics: metric -> (before, after) training, on the same held-out prompts.
@@ -107,7 +107,7 @@ def model_card(facts: CardFacts) -> str:
 
 def _metadata(facts: CardFacts) -> ModelCardData:
     """The front matter. A base model or license that the Hub would refuse is left out: it would refuse the push."""
-    base_model = facts.base_model if _is_repo_id(facts.base_model) else None
+    base_model = facts.base_model if is_repo_id(facts.base_model) else None
     known_license = facts.license if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", facts.license or "") else None
     tag = re.sub(r"[^a-z0-9]+", "-", facts.algorithm.lower()).strip("-")
     relation = "adapter" if facts.is_adapter else "finetune"
@@ -117,13 +117,14 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         tags=[t for t in ("hfpg", tag, "reinforcement-learning", "policy-gradient") if t],
         base_model=base_model,
         license=known_license,
+        datasets=[str(facts.dataset)] if is_repo_id(facts.dataset) else None,
         base_model_relation=relation if base_model else None,
     )
 
 
 def _title(facts: CardFacts) -> str:
     kind = "an adapter" if facts.is_adapter else "a fine-tuned version"
-    what = f"{kind} of {text(facts.base_model)}" if _is_repo_id(facts.base_model) else "a causal language model"
+    what = f"{kind} of {text(facts.base_model)}" if is_repo_id(facts.base_model) else "a causal language model"
     data = f" on the prompts of {text(facts.dataset)}" if facts.dataset else ""
     rewards = f", rewarded by {', '.join(text(name) for name in facts.rewards)}" if facts.rewards else ""
     title = text(facts.model_name.removeprefix("./"))
@@ -246,14 +247,6 @@ def _literal(name: str) -> str:
 def _fenced(language: str, code: str) -> str:
     """A code block. Text from outside stands in quotes within a line, where backticks cannot end the block."""
     return f"```{language}\n{code}\n```"
-
-
-def _is_repo_id(name: str | None) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name is not None
 
 
 @dataclass(frozen=True)

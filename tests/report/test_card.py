@@ -52,6 +52,7 @@ def test_the_front_matter_says_what_it_is():
         "base_model": "openai-community/gpt2",
         "base_model_relation": "finetune",
         "license": "mit",
+        "datasets": ["imdb"],
     }
     assert ModelCard(card(is_adapter=True)).data.to_dict()["base_model_relation"] == "adapter"
 
@@ -64,9 +65,9 @@ def test_the_commands_name_the_branch_and_what_must_be_imported():
 
 
 @pytest.mark.parametrize("unknown", [None, "/home/jo/gpt2", "a b", "x\n---\nlicense: mit"])
-def test_a_base_model_or_license_that_the_hub_would_refuse_is_left_out(unknown):
-    content = card(base_model=unknown, license=unknown)
-    assert {"base_model", "base_model_relation", "license"}.isdisjoint(ModelCard(content).data.to_dict())
+def test_a_name_or_license_that_the_hub_would_refuse_is_left_out(unknown):
+    content = card(base_model=unknown, license=unknown, dataset=unknown)
+    assert {"base_model", "base_model_relation", "license", "datasets"}.isdisjoint(ModelCard(content).data.to_dict())
     assert "home" not in content
 
 
