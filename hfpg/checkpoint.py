@@ -33,27 +33,16 @@ FORMAT = 1
 STATE_FILE = "hfpg_state.json"  # written last: a folder without it is no checkpoint
 BEST_FILE = "hfpg_step"  # in `best`: the step whose model it is
 OPTIMIZER_FILE = "optimizer.safetensors"
-MAY_CHANGE = {  # every other setting changes what is trained
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "max_steps", "use_cpu"),
-    *("torch_threads", "max_tokens_per_micro_batch", "logging_steps", "completions_steps", "num_completions_to_print"),
-    *(
-        "ddp_timeout",
-        "keep_best_by",
-        "stop_overoptimized",
-        "stop_constant",
-        "max_dropped",
-        "judge_chunks",
-        "eval_steps",
-        "eval_on_start",
-        "report_to",
-        "disable_tqdm",
-        "save_steps",
-        "save_total_limit",
-        "push_to_hub",
-    ),
-    *("hub_model_id", "hub_private_repo", "hub_license", "hub_dataset", "model_revision", "trust_remote_code"),
-    "reward_funcs",  # a judge that failed may be mended; the trainer says it
-}
+MAY_CHANGE = frozenset(  # every other setting changes what is trained
+    """
+    output_dir overwrite_output_dir resume_from_checkpoint run_name max_steps
+    use_cpu torch_threads max_tokens_per_micro_batch judge_chunks ddp_timeout
+    logging_steps completions_steps num_completions_to_print report_to disable_tqdm
+    eval_steps eval_on_start keep_best_by stop_overoptimized stop_constant max_dropped
+    save_steps save_total_limit push_to_hub hub_model_id hub_private_repo hub_license hub_dataset
+    model_revision trust_remote_code reward_funcs
+    """.split()  # reward_funcs: a judge that failed may be mended; the trainer says it
+)
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -103,7 +92,7 @@ def save_checkpoint(
         if replay is not None and replay.rollouts:
             save_file(replay.state(), work / REPLAY_FILE)
         trainer_state.save_to_json(str(work / "trainer_state.json"))
-        state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config, "files": read_again(work)}
+        state = {"format": FORMAT, "run": dataclasses.asdict(run), "config": config, "files": sums_to_check(work)}
         (work / STATE_FILE).write_text(sealed(state))
         replace_folder(work, target)
     except Exception as error:
@@ -127,7 +116,7 @@ def replace_folder(whole: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_again(folder: Path) -> dict[str, list[int]]:
+def sums_to_check(folder: Path) -> dict[str, list[int]]:
     """Sums of the files that a resumed run reads: not the tokenizer's, not the card."""
     names = {"trainer_state.json", "config.json", "adapter_config.json"}
     sums = file_sums(folder)

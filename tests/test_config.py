@@ -252,7 +252,10 @@ def test_a_field_that_two_classes_share_is_refused():
         ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 (off) or more"),
         ({"save_total_limit": 0}, "save_total_limit=0 must be at least 1, or absent to keep all"),
         ({"push_to_hub": True}, "push_to_hub=True needs hub_model_id, such as 'me/gpt2-positive'"),
-        ({"hub_license": "Apache 2.0"}, "hub_license='Apache 2.0' is no identifier of a license; write it as the Hub does"),
+        (
+            {"hub_license": "Apache 2.0"},
+            "hub_license='Apache 2.0' is no identifier of a license; write it as the Hub does",
+        ),
         ({"hub_dataset": "a/b/c"}, "hub_dataset='a/b/c' is no name of a data set of the Hub, such as"),
     ],
 )
