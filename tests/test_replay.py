@@ -202,6 +202,17 @@ def test_prompts_of_equal_scores_are_replaced_while_rounds_last(tmp_path):
     assert len(again.collector.said["by_function"]["sometimes_equal"]) >= 16
 
 
+@pytest.mark.parametrize(("truncation", "informative"), [("mask", 0), ("terminal", 8)])
+def test_a_prompt_tells_nothing_where_what_differs_was_cut_and_is_left_out(truncation, informative, tmp_path):
+    algorithm = DrGRPO(num_generations=2, resample_rounds=1, truncation=truncation)
+    trainer = build.trainer(tmp_path, algorithm=algorithm)
+    samples, scores = trainer.collect()
+    half = torch.arange(len(samples)) % 2 == 0  # one completion of each prompt ended by itself
+    samples = dataclasses.replace(samples.take(torch.arange(16)), finished=half[:16])
+    scores = dataclasses.replace(scores.take(torch.arange(16)), scores=torch.arange(16.0), weights=torch.ones(16))
+    assert trainer.collector._informative(scores, samples) == informative
+
+
 def test_when_every_score_is_equal_the_rounds_end_and_nothing_moves(tmp_path):
     trainer = build.trainer(
         tmp_path,
