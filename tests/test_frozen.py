@@ -234,6 +234,14 @@ def test_the_layers_of_a_nested_model_are_its_text_models():
     assert ActorCritic(model).frozen_layers == 1
 
 
+@pytest.mark.parametrize(("learning", "frozen"), [([0], 0), ([0, 2], 0), ([1], 1), ([2], 2)])
+def test_only_layers_below_the_first_that_learns_are_frozen(learning, frozen):
+    model = tiny.model("gpt2", n_layer=3).requires_grad_(False)
+    for place in learning:
+        model.transformer.h[place].requires_grad_(True)
+    assert frozen_layers(model.transformer) == frozen
+
+
 def test_a_trunk_that_does_not_say_its_embeddings_has_no_frozen_layers():
     """The wrapper around BART's decoder raises."""
     config = BartConfig(vocab_size=64, d_model=32, decoder_layers=1, is_encoder_decoder=False)
